@@ -1,0 +1,32 @@
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+TIMM_REPO = 'timm/skresnext50_32x4d.ra_in1k'
+
+
+@pytest.fixture(scope='session')
+def theirs():
+    """timm's own SKNet-50, its weights and statistics far from their initial values; not to be changed."""
+    torch.manual_seed(0)
+    model = timm.create_model('skresnext50_32x4d')
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(std=0.1)
+            m.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope='session')
+def repo(theirs, tmp_path_factory) -> Path:
+    """A folder for the loopback server to serve, with timm's repository in it."""
+    folder = tmp_path_factory.mktemp('hub')
+    (folder / TIMM_REPO).mkdir(parents=True)
+    save_file(theirs.state_dict(), folder / TIMM_REPO / 'model.safetensors')
+    return folder

@@ -1,0 +1,189 @@
+"""Registration in processes that import only torch or timm; the package must be installed (its entry point counts)."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from timm_sknet.sknets import model_cfgs
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Runs code, or the files it is given, in a Python of its own; returns its standard output and error."""
+
+    def run(code='', args=(), files=None, **env):
+        for name, text in (files or {}).items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        env = {**os.environ, 'PYTHONPATH': str(tmp_path), 'OMP_NUM_THREADS': '1', **env}
+        done = subprocess.run(
+            [sys.executable, *(args or ('-c', code))],
+            cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    return run
+
+
+def test_importing_only_timm_lists_and_creates_our_models_beside_timms_own(python):
+    out, err = python("""
+import json, timm, torch
+assert timm.create_model('sknet12')(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+print(json.dumps([
+    timm.list_models('sk*'), timm.list_pretrained('*sk*'),
+    timm.list_models(module='sknets'), timm.list_models(module='sknet'),
+]))
+""")
+    listed, pretrained, ours, timms = json.loads(out)
+    assert sorted(ours) == sorted(model_cfgs)
+    assert 'skresnext50_32x4d' in timms
+    assert not set(ours) & set(timms)
+    assert set(listed) == {*ours, *timms}
+    assert {'sknet12.cifar10', 'sknet50.ra_in1k', 'skresnext50_32x4d.ra_in1k'} <= set(pretrained)
+    assert not any(name.endswith('.untrained') for name in pretrained)
+    assert err == ''
+
+
+# Under -W error a second registration fails: timm warns that it overwrites a name.
+@pytest.mark.parametrize('ours', ['import timm_sknet', 'from timm_sknet.layers import SelectiveKernelConv'])
+def test_importing_the_package_or_a_module_of_it_before_timm_registers_once(python, ours):
+    code = f"{ours}\nimport timm\nassert timm.is_model('sknet50')"
+    assert python(args=('-W', 'error', '-c', code)) == ('', '')
+
+
+def test_the_switch_stops_the_autoload_and_a_later_import_of_the_package_still_registers(python):
+    python("""
+import sys, timm
+assert not timm.is_model('sknet50')
+assert not {'timm_sknet', 'wrapt'} & set(sys.modules)
+import timm_sknet
+assert timm.is_model('sknet50')
+""", TIMM_SKNET_AUTOLOAD='0')
+
+
+def test_import_torch_pays_less_than_15_ms_and_imports_no_timm(python):
+    code = """
+import sys, time, torch
+from importlib.metadata import entry_points
+entry_point, = entry_points(group='torch.backends', name='timm_sknet')
+start = time.perf_counter()
+entry_point.load()()
+print(time.perf_counter() - start)
+assert not {'timm', 'timm_sknet'} & set(sys.modules)
+"""
+    seconds = [float(python(code, TORCH_DEVICE_BACKEND_AUTOLOAD='0')[0]) for _ in range(3)]
+    assert min(seconds) < 0.015
+
+
+# The parent imports torch and not timm: the hook must survive the fork, and be set anew where a process is spawned.
+def test_forked_and_spawned_loader_workers_have_our_models(python):
+    files = {'main.py': """
+import sys, torch
+from torch.utils.data import DataLoader
+
+
+class Data:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        import timm
+        return timm.is_model('sknet50')
+
+
+if __name__ == '__main__':
+    assert 'timm' not in sys.modules
+    for context in 'fork', 'spawn':
+        found, = DataLoader(Data(), num_workers=1, multiprocessing_context=context)
+        assert found.all(), context
+"""}
+    python(args=('main.py',), files=files)
+
+
+def test_both_processes_of_torchrun_have_our_models(python):
+    files = {'main.py': "import timm\nprint(timm.is_model('sknet50'))"}
+    args = ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', 'main.py')
+    out, _ = python(args=args, files=files)
+    assert out.split() == ['True', 'True']
+
+
+# By what is broken: the code that breaks it, the files that break it, the cause to name, Python's flag for warnings.
+BROKEN = {
+    'timm': ("sys.modules['timm'] = None", {}, "ModuleNotFoundError: No module named 'timm'", 'default'),
+    'wrapt': ("sys.modules['wrapt'] = None", {}, 'ModuleNotFoundError: import of wrapt halted', 'default'),
+    'what we need of timm': (
+        '',
+        {'timm/__init__.py': '', 'timm/models.py': ''},
+        "ModuleNotFoundError: No module named 'timm.",
+        'default',
+    ),
+    'our package': (
+        '',
+        {'timm_sknet.py': '1 / 0', 'timm/__init__.py': '', 'timm/models.py': ''},
+        'ZeroDivisionError: division by zero',
+        'default',
+    ),
+    'our package where warnings are errors': (
+        '',
+        {'timm_sknet.py': '1 / 0', 'timm/__init__.py': '', 'timm/models.py': ''},
+        'ZeroDivisionError: division by zero',
+        'error',
+    ),
+}
+
+
+@pytest.mark.parametrize(('prelude', 'files', 'cause', 'flag'), BROKEN.values(), ids=BROKEN)
+def test_what_is_missing_or_broken_is_named_in_one_warning_and_torch_works(python, prelude, files, cause, flag):
+    code = f"""
+import sys
+{prelude}
+import torch
+if 'timm' not in sys.modules:
+    import timm.models
+torch.zeros(1) + 1
+"""
+    _, err = python(args=('-W', flag, '-c', code), files=files)
+    assert err.count('timm_sknet could not register its models in timm') == 1, err
+    assert cause in err
+
+
+def test_a_timm_that_fails_to_import_raises_its_own_error_and_torch_works(python):
+    _, err = python("""
+import torch
+try:
+    import timm
+except ZeroDivisionError:
+    torch.zeros(1) + 1
+""", files={'timm/__init__.py': 'import timm.models', 'timm/models.py': '1 / 0'})
+    assert err == ''
+
+
+def test_names_that_timm_has_registered_itself_are_replaced_with_one_warning(python):
+    theirs = """
+from timm.models import register_model
+
+
+@register_model
+def sknet12(pretrained=False, **kwargs):
+    raise NotImplementedError
+
+
+@register_model
+def sknet50(pretrained=False, **kwargs):
+    raise NotImplementedError
+"""
+    out, _ = python("""
+import warnings, wrapt
+wrapt.register_post_import_hook(lambda timm_models: __import__('theirs'), 'timm.models')
+with warnings.catch_warnings(record=True) as caught:
+    import timm
+print(*[warning.message for warning in caught], sep='\\n')
+import timm_sknet
+assert isinstance(timm.create_model('sknet12'), timm_sknet.SKNet)
+""", files={'theirs.py': theirs})
+    warning, = out.splitlines()
+    assert 'timm_sknet has replaced theirs.sknet50, theirs.sknet12 in' in warning
+    assert 'TIMM_SKNET_AUTOLOAD=0' in warning

@@ -1,0 +1,301 @@
+"""The command line, called in this process where a process of its own is not the point."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_data_config
+from timm.models import load_model_config_from_hf  # noqa: F401  timm's Hub code is loaded before it is set offline
+
+import timm_sknet
+from timm_sknet import predict
+from timm_sknet.cli import main
+from timm_sknet.table import format_table, model_table
+
+LABELS = ['left', 'middle', 'right']
+# What the embedded model answers for each photograph; a wrong answer stays here, and in the README.
+ANSWERS = {'bird.jpg': 'bird', 'cat.jpg': 'cat', 'deer.jpg': 'deer', 'horse.jpg': 'horse'}
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    """The argument --model of a folder with a random network of three classes."""
+    folder = tmp_path_factory.mktemp('model')
+    torch.manual_seed(0)
+    network = timm.create_model('sknet12', num_classes=3)
+    torch.nn.init.normal_(network.head.fc.weight)
+    save_file(network.state_dict(), folder / 'model.safetensors')
+    cfg = dict(input_size=[3, 32, 32], mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25], crop_pct=1.0)
+    config = dict(architecture='sknet12', num_classes=3, label_names=LABELS, pretrained_cfg=cfg)
+    (folder / 'config.json').write_text(json.dumps(config))
+    return f'local-dir:{folder}'
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder with images of several formats and modes, some below it, and a file that is none."""
+    folder = tmp_path / 'images'
+    (folder / 'sub').mkdir(parents=True)
+    torch.manual_seed(0)
+    for name, mode, size in [
+        ('b.PNG', 'RGB', (40, 60)),
+        ('a.jpg', 'RGB', (80, 50)),
+        ('sub/grey.jpeg', 'L', (32, 32)),
+        ('sub/palette.bmp', 'P', (33, 35)),
+        ('sub/alpha.webp', 'RGBA', (64, 48)),
+    ]:
+        noise = torch.randint(256, (*size, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(noise).convert(mode).save(folder / name)
+    (folder / 'notes.txt').write_text('no image')
+    return folder
+
+
+def run(capsys, *argv):
+    code = main([str(arg) for arg in argv])
+    return code, *capsys.readouterr()
+
+
+def run_json(capsys, *argv):
+    code, out, err = run(capsys, 'predict', '--json', *argv)
+    return code, json.loads(out), err
+
+
+def process(*argv, **kwargs):
+    env = os.environ | {'HF_HUB_OFFLINE': '1'}
+    return subprocess.run([sys.executable, *map(str, argv)], env=env, capture_output=True, text=True, **kwargs)
+
+
+def test_without_arguments_the_embedded_model_classifies_the_photographs(capsys):
+    code, out, err = run(capsys, 'predict')
+    assert (code, err) == (0, '')
+    found = dict(re.findall(r'(\w+\.jpg)\n +[\d.]+% +(\w+)\n', out))
+    assert found == ANSWERS
+
+
+def test_every_photograph_is_small_and_has_its_source_beside_it():
+    readme = (predict.PHOTOS / 'README.md').read_text()
+    photos = predict.find_images(predict.PHOTOS)
+    assert [p.name for p in photos] == sorted(ANSWERS)
+    for photo in photos:
+        assert photo.stat().st_size < 60_000
+        assert f'`{photo.name}`' in readme
+
+
+def test_class_names_of_imagenet_are_timms():
+    model = timm.create_model('sk_shufflenetv2_x0_5', device='meta')
+    assert predict.class_names(model)[281] == 'tabby, tabby cat'
+
+
+@pytest.mark.parametrize(
+    ('cfg', 'expected'),
+    [
+        (dict(label_names=['n1', 'n2'], label_descriptions={'n1': 'cat'}), ['cat', 'n2']),
+        (dict(label_names={'0': 'cat', '1': 'dog'}), ['cat', 'dog']),
+        (dict(label_names=['cat', 'dog', 'one too many']), ['0', '1']),
+        (dict(), ['0', '1']),
+    ],
+)
+def test_class_names_are_those_of_the_cfg_else_the_index(cfg, expected):
+    model = timm.create_model('sknet12', num_classes=2, device='meta')
+    model.pretrained_cfg = cfg
+    assert predict.class_names(model) == expected
+
+
+def test_predictions_are_those_of_the_model_on_timms_preprocessing(capsys, model, images, monkeypatch):
+    monkeypatch.setattr(predict, 'BATCH_SIZE', 2)  # several batches, the last one not full
+    code, found, err = run_json(capsys, images, '--model', model)
+    assert (code, err) == (0, '')
+    names = ['a.jpg', 'b.PNG', 'sub/alpha.webp', 'sub/grey.jpeg', 'sub/palette.bmp']
+    assert [result['file'] for result in found] == [str(images / name) for name in names]
+
+    network = timm.create_model(model, pretrained=True).eval()
+    transform = create_transform(**resolve_data_config({}, model=network))
+    for result in found:
+        with torch.no_grad():
+            expected = network(transform(Image.open(result['file']).convert('RGB'))[None])[0].softmax(0)
+        predictions = result['predictions']
+        assert [p['index'] for p in predictions] == expected.argsort(descending=True).tolist()
+        assert [p['label'] for p in predictions] == [LABELS[p['index']] for p in predictions]
+        probabilities = torch.tensor([p['probability'] for p in predictions])
+        torch.testing.assert_close(probabilities, expected.sort(descending=True).values)
+
+
+def test_orientation_in_exif_is_left_alone_as_in_timms_readers(capsys, model, tmp_path):
+    picture = Image.open(predict.PHOTOS / 'horse.jpg')
+    exif = picture.getexif()
+    picture.save(tmp_path / 'as_is.png')
+    exif[0x0112] = 6  # turned by 90 degrees
+    picture.save(tmp_path / 'turned.png', exif=exif)
+    _, (as_is, turned), _ = run_json(capsys, tmp_path, '--model', model)
+    assert as_is['predictions'] == turned['predictions']
+
+
+def test_topk_is_clipped_to_the_number_of_classes(capsys, model, images):
+    for topk, expected in (1, 1), (2, 2), (99, 3):
+        _, found, _ = run_json(capsys, images / 'a.jpg', '--model', model, '--topk', topk)
+        assert len(found[0]['predictions']) == expected
+
+
+@pytest.mark.parametrize('topk', ['0', '-1', '2.5', 'five', ''])
+def test_topk_must_be_a_positive_number(capsys, topk):
+    with pytest.raises(SystemExit) as e:
+        main(['predict', '--topk', topk])
+    assert e.value.code == 2
+    assert f'must be a whole number from 1, got {topk!r}' in capsys.readouterr().err
+
+
+def write_bomb(path):
+    """A PNG that claims 1.6 thousand million pixels."""
+    with open(path, 'wb') as f:
+        f.write(b'\x89PNG\r\n\x1a\n')
+        PngImagePlugin.putchunk(f, b'IHDR', (40000).to_bytes(4, 'big') * 2 + b'\x08\x02\0\0\0')
+        PngImagePlugin.putchunk(f, b'IEND', b'')
+
+
+BAD = {
+    'missing.jpg': (lambda path: None, 'No such file'),
+    'text.jpg': (lambda path: path.write_text('no image'), 'not an image'),
+    'empty.png': (lambda path: path.touch(), 'not an image'),
+    'truncated.jpg': (
+        lambda path: path.write_bytes((predict.PHOTOS / 'cat.jpg').read_bytes()[:9000]),
+        'cannot be read: image file is truncated',
+    ),
+    'corrupt.png': (
+        lambda path: path.write_bytes(b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR' + b'\xff' * 40),
+        'not an image|cannot be read',
+    ),
+    'bomb.png': (write_bomb, 'decompression bomb'),
+    'folder': (lambda path: path.mkdir(), r'no image in this folder.*\.jpeg'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_a_file_that_is_no_image_ends_in_one_line(capsys, model, tmp_path, name):
+    write, reason = BAD[name]
+    path = tmp_path / name
+    write(path)
+    code, out, err = run(capsys, 'predict', path, '--model', model)
+    assert (code, out) == (2, '')
+    assert re.fullmatch(f'timm-sknet: {re.escape(str(path))}: .*({reason}).*\n', err)
+
+
+def test_bad_files_are_named_and_the_others_classified(capsys, model, images):
+    for name in BAD:
+        BAD[name][0](images / name)
+    code, found, err = run_json(capsys, images, images / 'missing.jpg', images / 'folder', '--model', model)
+    assert code == 1
+    assert len(found) == 5
+    assert sorted(Path(line.split(': ')[1]).name for line in err.splitlines()) == sorted(BAD)
+
+
+@pytest.mark.parametrize(
+    ('name', 'words'),
+    [
+        ('sknet5', ['Unknown model', 'sknet50,', 'sknet26']),
+        ('SKNet50.ra_in1k', ['sknet50.ra_in1k']),
+        ('sknet50.no_such_tag', ['no_such_tag', 'sknet50']),
+        ('zzzzzzzz', ['Unknown model']),
+        ('sknet26', ['no public weights of sknet26', 'sknet12.cifar10']),
+        ('local-dir:/no/such/folder', ['/no/such/folder']),
+        ('hf-hub:', ['hf-hub:']),
+        (
+            'hf-hub:timm-sknet/no-such-model',
+            ['be reached', 'leave out --model', 'HF_HUB_OFFLINE=1', 'local-dir:'],
+        ),
+        ('sknet50', ['cannot be reached', 'sknet50']),
+    ],
+)
+def test_a_model_that_cannot_be_had_ends_in_one_line(capsys, monkeypatch, tmp_path, name, words):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)  # without it, the Hub is asked for 23 s
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+    code, out, err = run(capsys, 'predict', '--model', name)
+    assert (code, out) == (2, '')
+    assert re.fullmatch('timm-sknet: .*\n', err)
+    assert all(word in err for word in [name, *words])
+
+
+def test_weights_of_another_network_end_in_one_line(capsys, model, tmp_path):
+    config = json.loads((Path(model[10:]) / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    save_file({'weight': torch.zeros(1)}, tmp_path / 'model.safetensors')
+    code, _, err = run(capsys, 'predict', '--model', f'local-dir:{tmp_path}')
+    assert code == 2
+    assert re.fullmatch('timm-sknet: .*Missing key.*\n', err)
+
+
+def test_a_model_without_classes_ends_in_one_line(capsys, tmp_path):
+    save_file(timm.create_model('sknet12', num_classes=0).state_dict(), tmp_path / 'model.safetensors')
+    config = dict(architecture='sknet12', num_classes=0, pretrained_cfg=dict(input_size=[3, 32, 32]))
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    code, _, err = run(capsys, 'predict', '--model', f'local-dir:{tmp_path}')
+    assert code == 2
+    assert re.fullmatch('timm-sknet: .* has no classes to predict.*\n', err)
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+def test_progress_is_shown_for_many_images_on_a_terminal_only(capsys, monkeypatch, model, images, terminal):
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: terminal)
+    many = [images / 'a.jpg'] * (predict.BATCH_SIZE + 1)
+    code, found, err = run_json(capsys, *many, '--model', model)
+    assert (code, len(found)) == (0, len(many))
+    assert ('image/s' in err) == terminal
+    assert terminal or not err
+    assert run(capsys, 'predict', *many[:3], '--model', model)[2] == ''
+
+
+def test_ctrl_c_leaves_no_traceback(capsys, monkeypatch):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, 'load_model', interrupt)
+    assert run(capsys, 'predict') == (130, '', '')
+
+
+def test_a_closed_pipe_leaves_no_traceback():
+    command = [sys.executable, '-m', 'timm_sknet', 'models']
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    assert (child.stderr.read(), child.wait()) == (b'', 141)
+
+
+def test_a_process_of_its_own_names_the_error_and_fails(tmp_path):
+    done = process('-m', 'timm_sknet', 'predict', '--model', 'hf-hub:timm-sknet/no-such-model', cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert re.fullmatch('timm-sknet: The Hub cannot be reached.*\n', done.stderr)
+
+
+def test_a_name_that_is_no_text_can_be_printed(capsys, model, tmp_path):
+    name = os.fsdecode(b'\xff.png')
+    Image.new('RGB', (32, 32)).save(tmp_path / name)
+    code, out, _ = run(capsys, 'predict', tmp_path / name, '--model', model)
+    assert code == 0
+    assert '\\udcff.png\n' in out
+
+
+def test_version_and_help(capsys):
+    for argv, expected in (['--version'], timm_sknet.__version__), (['predict', '--help'], 'Exit code: 0'):
+        with pytest.raises(SystemExit) as e:
+            main(argv)
+        assert e.value.code == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_the_table_of_models_is_printed_and_stands_in_the_readme(capsys):
+    rows = model_table()
+    code, out, _ = run(capsys, 'models')
+    assert (code, out) == (0, format_table(rows) + '\n')
+    assert re.search(r'^sknet50 +27,479,784 +4.463 +224x224 +79.21 +ra_in1k +80.168', out, re.MULTILINE)
+
+    code, out, _ = run(capsys, 'models', '--markdown')
+    assert code == 0
+    assert out == format_table(rows, markdown=True) + '\n'
+    readme = Path(__file__).parents[1] / 'README.md'
+    assert out in readme.read_text(), 'replace the table by the output of `timm-sknet models --markdown`'

@@ -1,0 +1,315 @@
+"""Every registered model: its size, its arguments, its keys, and what timm's users do with it."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from timm.optim import param_groups_weight_decay
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_sknet.sknets import default_cfgs, model_cfgs, published
+
+SIZES = {  # parameters, GMACs of convolutions and linears (shared with nobody: computed from the paper's tables)
+    'sknet26': (16_746_408, 2.587),
+    'sknet50': (27_479_784, 4.463),
+    'sknet101': (48_736_040, 8.449),
+    'sknet50_m3': (29_249_512, 4.694),
+    'sknet29_16x32d': (27_739_626, 4.181),
+    'sknet12': (460_186, 0.0444),
+    'sk_shufflenetv2_x0_5': (1_478_432, 0.0424),
+    'sk_shufflenetv2_x1_0': (2_543_040, 0.1493),
+    'sk_resnet50': (26_154_496, 4.147),
+    'sk_resnet101': (45_678_112, 7.921),
+}
+CIFAR = ['sknet12', 'sknet29_16x32d']
+SHUFFLE = [name for name in model_cfgs if 'shuffle' in name]
+IMAGENET = [name for name in model_cfgs if name not in CIFAR]
+ONE_OF_EACH = ['sknet12', 'sk_shufflenetv2_x0_5', 'sknet26']  # every kind of unit
+
+
+def meta(name, **kwargs):
+    return timm.create_model(name, device='meta', **kwargs)
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_the_table_of_sizes_holds_every_model():
+    assert set(SIZES) == set(model_cfgs) == set(timm.list_models(module='sknets')) == set(default_cfgs)
+    assert set(published) <= set(model_cfgs)
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_parameters_and_macs(name):
+    model = meta(name).eval()
+    expected_parameters, expected_gmacs = SIZES[name]
+    assert parameters(model) == expected_parameters
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *model.pretrained_cfg['input_size'], device='meta'))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(expected_gmacs, rel=0.005)
+
+
+@pytest.mark.parametrize('branch, millions', [
+    ([3, 3, 32], 27.480), ([3, 2, 32], 27.480), ([3, 1, 32], 27.480), ([5, 1, 64], 28.030), ([7, 1, 128], 27.991),
+])
+def test_ablation_table_of_the_paper(branch, millions):
+    assert parameters(meta('sknet50', branches=[[3, 1, 32], branch])) == pytest.approx(millions * 1e6, abs=500)
+
+
+def test_authors_sknet101_and_its_stem():
+    model = meta('sknet101', attn_widths=[32, 16, 32, 64], stem_pool='ceil')
+    assert parameters(model) == 48_686_760
+    assert model.stages[1][0].sk.attn.fc1.out_channels == 16
+
+
+def test_stem_pools():
+    x = torch.arange(36.0).reshape(1, 1, 6, 6)
+    pad, ceil = (timm.create_model('sknet26', stem_pool=kind).pool for kind in ('pad', 'ceil'))
+    assert pad(x).flatten().tolist() == [7, 9, 11, 19, 21, 23, 31, 33, 35]
+    assert ceil(x).flatten().tolist() == [14, 16, 17, 26, 28, 29, 32, 34, 35]
+    assert isinstance(meta('sknet26', stem_pool='').pool, nn.Identity)
+
+
+def test_one_branch_is_the_plain_network():
+    model = meta('sknet50', branches=[[3, 1, 32]])
+    resnext = timm.create_model('resnext50_32x4d', device='meta')
+    assert parameters(model) == parameters(resnext)
+
+
+def test_arguments_may_come_from_json():
+    kwargs = json.loads(
+        '{"branches": [[3, 1, 8], [5, 1, 8]], "depths": [1, 1, 1, 1], "attn_widths": [8, 8, 8, 8], "r": 8, "L": 8,'
+        ' "stem_pool": "ceil", "act_layer": "gelu", "norm_layer": "groupnorm1", "output_stride": 16, "bn_eps": 0.001}'
+    )
+    model = timm.create_model('sknet26', **kwargs).eval()
+    assert model(torch.randn(1, 3, 33, 47)).shape == (1, 1000)
+    names = {type(m).__name__ for m in model.modules()}
+    assert 'GELU' in names and not any('BatchNorm' in n or 'ReLU' in n for n in names)
+
+
+def test_custom_norm_keeps_its_momentum():
+    def momenta(**kwargs):
+        modules = meta('sknet12', **kwargs).modules()
+        return {(m.momentum, m.eps) for m in modules if isinstance(m, nn.BatchNorm2d)}
+
+    assert momenta() == {(0.05, 1e-5)}
+    assert momenta(bn_momentum=0.01, bn_eps=1e-3) == {(0.01, 1e-3)}
+    assert momenta(norm_layer=nn.BatchNorm2d) == {(0.1, 1e-5)}
+    assert momenta(norm_layer='batchnorm2d', bn_momentum=0.2) == {(0.2, 1e-5)}
+
+
+@pytest.mark.parametrize('name', model_cfgs)
+def test_batch_norm_momentum_is_the_authors(name):
+    momentum = 0.1 if name.startswith('sk_resnet') else 0.05
+    assert {m.momentum for m in meta(name).modules() if isinstance(m, nn.BatchNorm2d)} == {momentum}
+
+
+def test_initialisation_is_the_authors():
+    torch.manual_seed(0)
+    model = timm.create_model('sknet26')
+    unit = model.stages[3][1]
+    for module, std in [
+        (unit.conv1.conv, (2 / 2048) ** 0.5),
+        (unit.conv3.conv, (2 / 1024) ** 0.5),
+        (unit.sk.branches[1].conv, (2 / (32 * 9)) ** 0.5),
+        (unit.sk.attn.fc1, 0.01),
+        (unit.sk.attn.fc2, 0.01),
+        (model.head.fc, 0.01),
+    ]:
+        assert module.weight.std().item() == pytest.approx(std, rel=0.03)
+    assert not model.head.fc.bias.any()
+    assert all(m.weight.eq(1).all() and not m.bias.any() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    fan_out = timm.create_model('sk_resnet50').stages[3][1].conv1.conv.weight
+    assert fan_out.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.03)
+
+
+@pytest.mark.parametrize('name', ONE_OF_EACH)
+def test_weight_decay_spares_batch_norm(name):
+    model = meta(name)
+    spared, decayed = param_groups_weight_decay(model, weight_decay=1e-4)
+    assert spared['weight_decay'] == 0 and decayed['weight_decay'] == 1e-4
+    spared = {id(p) for p in spared['params']}
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            assert {id(m.weight), id(m.bias)} <= spared
+        elif isinstance(m, (nn.Conv2d, nn.Linear)):
+            assert id(m.weight) not in spared
+
+
+def test_zero_init_last_makes_units_identities():
+    for name in 'sknet26', 'sknet12':
+        model = timm.create_model(name, zero_init_last=True).eval()
+        x = torch.rand(1, model.feature_info[0]['num_chs'] if name == 'sknet12' else 256, 4, 4)
+        unit = model.stages[0][-1]
+        torch.testing.assert_close(unit(x), x)
+
+
+@pytest.mark.parametrize('name', model_cfgs)
+@pytest.mark.parametrize('argument', ['drop_block_rate', 'drop_blok', 'img_size'])
+def test_unknown_arguments_are_refused(name, argument):
+    with pytest.raises(TypeError, match=argument):
+        meta(name, **{argument: 0.1})
+
+
+@pytest.mark.parametrize('name, kwargs, words', [
+    ('sknet50', dict(output_stride=12), r'output_stride must be one of \[4, 8, 16, 32\].*12'),
+    ('sknet29_16x32d', dict(output_stride=8), r'output_stride must be one of \[1, 2, 4\].*8'),
+    ('sk_shufflenetv2_x1_0', dict(drop_path_rate=0.1), 'no residual.*drop_path_rate=0.1'),
+    ('sk_shufflenetv2_x1_0', dict(zero_init_last=True), 'no residual.*zero_init_last=True'),
+    ('sknet50', dict(stem_pool='same'), "stem_pool must be one of.*'ceil'.*'same'"),
+    ('sknet50', dict(unit='bottle'), "unit must be one of.*'bottleneck'.*'bottle'"),
+    ('sknet50', dict(init='xavier'), "init must be one of.*'fan_in'.*'xavier'"),
+    ('sknet50', dict(depths=[1, 2]), r'mid_widths must have one value for each of the 2 stages'),
+    ('sknet50', dict(attn_widths=[1, 2]), r'attn_widths must have one value for each of the 4 stages.*\[1, 2\]'),
+    ('sknet50', dict(branches=[[3, 1, 7]]), '7 groups do not divide 128'),
+])
+def test_impossible_arguments_are_named(name, kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        meta(name, **kwargs)
+
+
+@pytest.mark.parametrize('name', ONE_OF_EACH)
+@pytest.mark.parametrize('size', [(33, 47), (64, 64)])
+def test_other_image_sizes(name, size):
+    model = timm.create_model(name, num_classes=5).eval()
+    assert model(torch.randn(2, 3, *size)).shape == (2, 5)
+
+
+def test_imagenet_size_320():
+    model = meta('sknet50').eval()
+    assert model.forward_features(torch.zeros(1, 3, 320, 320, device='meta')).shape == (1, 2048, 10, 10)
+
+
+@pytest.mark.parametrize('name', IMAGENET)
+@pytest.mark.parametrize('output_stride', [8, 16, 32])
+def test_output_stride(name, output_stride):
+    model = meta(name, output_stride=output_stride, features_only=True).eval()
+    maps = model(torch.zeros(1, 3, 96, 96, device='meta'))
+    assert [96 // m.shape[-1] for m in maps] == model.feature_info.reduction()
+    assert model.feature_info.reduction()[-1] == output_stride
+
+
+def test_output_stride_agrees_with_timm():
+    theirs = timm.create_model('skresnext50_32x4d', output_stride=8).eval()
+    ours = timm.create_model('sknet50', output_stride=8).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def test_dilation_multiplies_each_branchs_own():
+    model = meta('sknet50', output_stride=8)
+    dilations = [[b.conv.dilation[0] for b in unit.sk.branches] for stage in model.stages for unit in stage]
+    assert dilations[:8] == [[1, 2]] * 8
+    assert dilations[8:13] == [[2, 4]] * 5
+    assert dilations[14:] == [[4, 8]] * 2
+
+
+@pytest.mark.parametrize('name', model_cfgs)
+def test_features_only(name):
+    model = meta(name, features_only=True)
+    if name in CIFAR:
+        assert model.feature_info.reduction() == [1, 2, 4]
+    else:
+        assert model.feature_info.reduction() == [2, 4, 8, 16, 32]
+    picked = meta(name, features_only=True, out_indices=(1, 2)).eval()
+    maps = picked(torch.zeros(1, 3, 64, 64, device='meta'))
+    assert [m.shape[1] for m in maps] == picked.feature_info.channels()
+    assert [64 // m.shape[-1] for m in maps] == picked.feature_info.reduction()
+
+
+@pytest.mark.parametrize('name', ONE_OF_EACH)
+def test_heads(name):
+    model = timm.create_model(name, in_chans=1, num_classes=7, drop_rate=0.2).eval()
+    x = torch.randn(2, 1, 64, 64)
+    assert model(x).shape == (2, 7)
+    for pool in 'fast', 'max', 'avg':
+        model.reset_classifier(3, pool)
+        assert model(x).shape == (2, 3)
+    model.reset_classifier(4)
+    assert model(x).shape == (2, 4) and model.get_classifier() is model.head.fc
+    model.reset_classifier(0, '')
+    assert model(x).shape == model.forward_features(x).shape
+    assert timm.create_model(name, global_pool='fast').eval()(torch.randn(1, 3, 64, 64)).ndim == 2
+
+
+@pytest.mark.parametrize('pool', ['avg', 'catavgmax'])
+def test_hidden_size_of_the_head_follows_the_pool(pool):
+    model = timm.create_model('sknet12', global_pool=pool).eval()
+    x = torch.randn(1, 3, 32, 32)
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape[1] == model.head_hidden_size
+    model.reset_classifier(3, 'catavgmax')
+    assert model(x).shape == (1, 3)
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape[1] == model.head_hidden_size
+
+
+@pytest.mark.parametrize('name', ['sknet12', 'sknet26'])
+def test_drop_path_rises_to_its_rate(name):
+    model = meta(name, drop_path_rate=0.2)
+    rates = [getattr(unit.drop_path, 'drop_prob', 0.0) for stage in model.stages for unit in stage]
+    assert rates[0] == 0 and rates == sorted(rates) and rates[-1] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize('name', ONE_OF_EACH)
+def test_checkpointing_changes_nothing(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).eval()
+    x = torch.randn(2, 3, 64, 64)
+    grads = []
+    for enable in False, True:
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('name', model_cfgs)
+def test_layer_decay_groups_reach_every_parameter(name):
+    model = meta(name)
+    for coarse in False, True:
+        groups = timm.models.group_parameters(model, model.group_matcher(coarse), reverse=True)
+        assert set(groups) == {key for key, _ in model.named_parameters()}
+        assert groups['stem.conv.weight'] == 0 and groups['head.fc.bias'] == max(groups.values())
+        units = sum(model_cfgs[name].depths) if not coarse else len(model_cfgs[name].depths)
+        assert len(set(groups.values())) >= units + 2
+
+
+@pytest.mark.parametrize('name', model_cfgs)
+def test_cfgs_say_whose_weights_and_which_licence(name):
+    for tag in default_cfgs[name].tags:
+        cfg = get_pretrained_cfg(f'{name}.{tag}')
+        for field in 'license', 'origin_url', 'paper_ids', 'paper_name', 'description', 'notes':
+            assert getattr(cfg, field), field
+        assert cfg.num_classes == (10 if name in CIFAR else 1000)
+        assert len(cfg.label_names or ()) == (10 if name in CIFAR else 0)
+
+
+@pytest.mark.parametrize('name', [name for name in model_cfgs if not default_cfgs[name].is_pretrained])
+def test_models_without_weights_say_what_exists(name):
+    with pytest.raises(ValueError, match=f'no public weights of {name}.*sknet50.ra_in1k, sknet12.cifar10'):
+        meta(name, pretrained=True)
+
+
+def test_own_weights_of_a_model_without_public_ones(tmp_path):
+    from safetensors.torch import save_file
+
+    model = timm.create_model('sk_shufflenetv2_x0_5')
+    save_file(model.state_dict(), tmp_path / 'own.safetensors')
+    overlay = dict(file=str(tmp_path / 'own.safetensors'))
+    again = timm.create_model('sk_shufflenetv2_x0_5', pretrained=True, pretrained_cfg_overlay=overlay)
+    torch.testing.assert_close(again.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize('name', model_cfgs)
+def test_state_dict_keys_are_stable(name):
+    """keys.json is a promise to the checkpoints of users: a changed key needs a rename in `native_keys`."""
+    promised = json.loads((Path(__file__).parent / 'keys.json').read_text())
+    found = sorted({re.sub(r'(?<=\.)\d+', '*', key) for key in meta(name).state_dict()})
+    assert found == promised[model_cfgs[name].unit]

@@ -1,0 +1,87 @@
+"""Pretrained weights by every road: the Hub, a checkpoint file, and the file in the package."""
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from conftest import TIMM_REPO
+from hub import hub
+from timm_sknet.sknets import default_cfgs
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+
+
+def distance(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@torch.no_grad()
+def test_timms_weights_give_timms_logits(theirs, images):
+    ours = timm.create_model('sknet50').eval()
+    ours.load_state_dict(theirs.state_dict())
+    assert distance(ours(images), theirs(images)) < 1e-5
+
+
+@torch.no_grad()
+def test_timms_weights_give_timms_logits_in_training(theirs, images):
+    state = theirs.state_dict()
+    doubles = []
+    for name in 'sknet50', 'skresnext50_32x4d':
+        model = timm.create_model(name, dtype=torch.float64).train()
+        model.load_state_dict(state)
+        doubles.append(model(images.double()))
+    assert distance(*doubles) < 1e-9
+
+
+def test_download_from_the_hub(theirs, repo, images, tmp_path):
+    torch.save(images, tmp_path / 'images.pt')
+    script = (
+        'import sys, timm, torch\n'
+        "model = timm.create_model('sknet50', pretrained=True).eval()\n"
+        "tagged = timm.create_model('sknet50.ra_in1k', pretrained=True, num_classes=0, in_chans=1)\n"
+        "torch.save(model(torch.load('images.pt')).detach(), 'logits.pt')\n"
+    )
+    with hub(repo) as address:
+        env = {**os.environ, 'HF_ENDPOINT': address, 'HF_HOME': str(tmp_path / 'cache'), 'HF_HUB_OFFLINE': '0'}
+        subprocess.run([sys.executable, '-c', script], cwd=tmp_path, env=env, check=True, timeout=300)
+    with torch.no_grad():
+        assert distance(torch.load(tmp_path / 'logits.pt', weights_only=True), theirs(images)) < 1e-5
+
+
+def test_timms_file_as_a_checkpoint(theirs, repo, images):
+    ours = timm.create_model('sknet50', checkpoint_path=str(repo / TIMM_REPO / 'model.safetensors')).eval()
+    with torch.no_grad():
+        assert distance(ours(images), theirs(images)) < 1e-5
+
+
+def test_keys_of_another_network_are_refused(theirs):
+    with pytest.raises(RuntimeError, match='Missing key'):
+        timm.create_model('sknet26').load_state_dict(timm.create_model('resnet18').state_dict())
+    with pytest.raises(RuntimeError, match='Unexpected key.*stages.0.2.conv1.conv.weight'):
+        timm.create_model('sknet26').load_state_dict(theirs.state_dict())
+
+
+def test_embedded_weights_are_small_and_half_precision():
+    path = default_cfgs['sknet12'].default.file
+    state = load_file(path)
+    assert os.path.getsize(path) <= 1_000_000
+    for key, value in state.items():
+        statistics = key.endswith(('running_mean', 'running_var'))
+        if value.is_floating_point():
+            assert value.dtype == (torch.float32 if statistics else torch.float16), key
+    assert {k: v.shape for k, v in state.items()} == {
+        k: v.shape for k, v in timm.create_model('sknet12').state_dict().items()
+    }
+
+
+def test_embedded_weights_load_as_float32_and_adapt():
+    model = timm.create_model('sknet12', pretrained=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert timm.create_model('sknet12.cifar10', pretrained=True, num_classes=3, in_chans=1).num_classes == 3
+    assert len(timm.create_model('sknet12', pretrained=True, features_only=True)(torch.zeros(2, 3, 32, 32))) == 3

@@ -1,0 +1,60 @@
+"""timm's own tests of models, from the sdist of the installed timm, on every model of ours."""
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import timm
+
+from hub import hub
+from timm_sknet.sknets import default_cfgs, model_cfgs
+
+TESTS = Path(__file__).parent
+SUITE = TESTS.parent / '.cache' / 'timm' / f'timm-{timm.__version__}'
+
+# Every test of timm's that takes a model by name and applies to convolutional networks; none is deselected. What stays
+# out are its tests of single networks of timm's.
+OF_EVERY_MODEL = {
+    'test_model_backward',
+    'test_model_backward_fx',
+    'test_model_default_cfgs',
+    'test_model_forward',
+    'test_model_forward_features',
+    'test_model_forward_fx',
+    'test_model_forward_fx_torchscript',
+    'test_model_forward_intermediates',
+    'test_model_forward_intermediates_features',
+    'test_model_forward_torchscript',
+    'test_prune_intermediate_layers_contract',
+}
+OF_PRETRAINED_MODELS = {'test_model_load_pretrained', 'test_model_features_pretrained'}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_timms_tests_pass_on_every_model(repo, tmp_path):
+    """The weights that the suite downloads come from a loopback server."""
+    assert SUITE.is_dir(), f'{SUITE} is missing: `make test` unpacks the tests of timm there'
+    report = tmp_path / 'report.xml'
+    with hub(repo) as address:
+        run = subprocess.run(
+            [sys.executable, '-m', 'pytest', '-p', 'timm_suite', 'tests/test_models.py', '-q', f'--junitxml={report}'],
+            cwd=SUITE,
+            env={**os.environ, 'PYTHONPATH': str(TESTS), 'HF_ENDPOINT': address, 'HF_HOME': str(tmp_path / 'cache')},
+            capture_output=True,
+            text=True,
+        )
+    assert run.returncode == 0, run.stdout[-5000:]
+    expected = Counter((test, name) for test in OF_EVERY_MODEL for name in model_cfgs)
+    expected += Counter((test, name) for test in OF_PRETRAINED_MODELS for name in default_cfgs if default_cfgs[name].is_pretrained)
+    assert ran(report) == expected
+
+
+def ran(report: Path) -> Counter:
+    """Counts the tests that ran to their end by test and model."""
+    cases = [case for case in ElementTree.parse(report).iter('testcase') if case.find('skipped') is None]
+    names = [case.get('name').rstrip(']').split('[') for case in cases]
+    return Counter((test, parameters.split('-')[-1].split('.')[0]) for test, parameters in names)

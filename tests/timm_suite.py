@@ -1,0 +1,29 @@
+"""pytest plugin that narrows timm's own test suite to our models (`pytest -p timm_suite tests/test_models.py`).
+
+timm selects the models of its tests by name, or by module for tests of a newer interface; ours are put under both.
+"""
+import timm
+
+from timm_sknet.sknets import model_cfgs
+
+
+def _ours(list_names):
+    def narrowed(filter='', module='', **kwargs):
+        return [name for name in list_names(filter, **kwargs) if name.split('.')[0] in model_cfgs]
+
+    return narrowed
+
+
+timm.list_models = _ours(timm.list_models)
+timm.list_pretrained = _ours(timm.list_pretrained)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Drops the tests of single models of timm's."""
+    ours = [item for item in items if _model(item) in model_cfgs]
+    config.hook.pytest_deselected(items=[item for item in items if item not in ours])
+    items[:] = ours
+
+
+def _model(item):
+    return str(getattr(item, 'callspec', None) and item.callspec.params.get('model_name')).split('.')[0]

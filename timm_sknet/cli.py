@@ -1,0 +1,129 @@
+"""The command `timm-sknet`. A subcommand is a function `_name(args) -> exit code` and its few lines in `_parser`."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import Optional, Sequence
+
+from timm_sknet import __version__
+
+DEFAULT_MODEL = 'sknet12.cifar10'
+EXIT_CODES = 'Exit code: 0 all done, 1 some images could not be read (each is named on stderr), 2 nothing was done.'
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+        argv: Arguments, those of the process if None.
+
+    Returns:
+        The exit code, see `EXIT_CODES`; 130 after Ctrl-C and 141 when stdout was closed, as shells have it.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        code = args.run(args)
+        sys.stdout.flush()  # a closed pipe is noticed here and not at exit, where Python would complain
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in the buffer at exit
+        return 141
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='timm-sknet', description='Selective Kernel Networks for timm.')
+    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
+    commands = parser.add_subparsers(metavar='COMMAND', required=True)
+
+    predict = commands.add_parser('predict', help='classify images', description='Classify images.', epilog=EXIT_CODES)
+    predict.set_defaults(run=_predict)
+    predict.add_argument(
+        'paths',
+        nargs='*',
+        metavar='IMAGE|FOLDER',
+        help='files, and folders to search with all that is below them (default: the photographs in the package)',
+    )
+    predict.add_argument(
+        '--model',
+        default=DEFAULT_MODEL,
+        metavar='NAME',
+        help='any model of timm with weights, hf-hub:ORG/REPO or local-dir:FOLDER (default: %(default)s, built in)',
+    )
+    predict.add_argument(
+        '--topk',
+        type=_positive,
+        default=5,
+        metavar='K',
+        help='likeliest classes to show (default: %(default)s)',
+    )
+    predict.add_argument('--json', action='store_true', help='print one JSON list of {file, predictions}')
+
+    models = commands.add_parser('models', help='list the models', description='List the models and their figures.')
+    models.set_defaults(run=_models)
+    models.add_argument('--markdown', action='store_true', help="print the README's table")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f'must be a whole number from 1, got {text!r}')
+    return int(text)
+
+
+def _complain(message: str) -> None:
+    from huggingface_hub.utils import tqdm
+
+    tqdm.write(f'timm-sknet: {message}', file=sys.stderr)  # beside a progress bar, not into it
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from huggingface_hub.utils import tqdm
+
+    from timm_sknet.predict import BATCH_SIZE, PHOTOS, classify, find_images, load_model
+
+    files, done, failed = [], 0, 0
+    for path in args.paths or [PHOTOS]:
+        try:
+            files += find_images(path)
+        except ValueError as e:
+            failed += 1
+            _complain(str(e))
+    if not files:
+        return 2
+    try:
+        model = load_model(args.model)
+    except (RuntimeError, ValueError) as e:
+        _complain(str(e))
+        return 2
+
+    found = []
+    # None: only on a terminal
+    bar = tqdm(total=len(files), unit='image', leave=False, disable=None if len(files) > BATCH_SIZE else True)
+    for file, predictions in classify(model, files, args.topk):
+        bar.update()
+        name = str(file).encode(errors='backslashreplace').decode()  # names can hold bytes that are no text
+        if isinstance(predictions, ValueError):
+            failed += 1
+            _complain(str(predictions))
+            continue
+        done += 1
+        if args.json:
+            found.append({'file': name, 'predictions': [asdict(p) for p in predictions]})
+        else:
+            lines = [f'{p.probability:8.1%}  {p.label}' for p in predictions]
+            tqdm.write('\n'.join([name, *lines]))
+    bar.close()
+    if args.json:
+        print(json.dumps(found, indent=2))
+    return (1 if done else 2) if failed else 0
+
+
+def _models(args: argparse.Namespace) -> int:
+    from timm_sknet.table import format_table, model_table
+
+    print(format_table(model_table(), markdown=args.markdown))
+    return 0

@@ -1,0 +1,180 @@
+"""The SK convolution as a layer: the modules that own the parameters (paper, section 3.1)."""
+from typing import Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+from timm.layers import ConvNormAct, get_norm_act_layer
+from timm.layers.typing import LayerType
+
+from timm_sknet.ops import fuse, select
+
+Branch = Tuple[int, int, int]  # kernel size k, dilation D, groups G; G = 0 is depthwise
+PAPER_BRANCHES: Tuple[Branch, ...] = ((3, 1, 32), (3, 2, 32))
+
+
+@torch.fx.wrap  # data-dependent, so a leaf for symbolic tracing
+def _check_batch(s: Tensor) -> None:
+    if s.shape[0] == 1:
+        raise ValueError(
+            'The attention of a selective kernel normalises over the batch, which cannot be done with a training batch '
+            'of 1: use a larger batch (drop_last=True in the loader), call eval(), freeze the batch norm layers, or '
+            "choose a norm_layer that does not need the batch, such as 'layernorm2d'."
+        )
+
+
+class SelectiveKernelAttn(nn.Module):
+    """Attention over the branches: z = act(norm(W s)), a = softmax(A z) (equations 3 and 5).
+
+    Its output is all that a tool needs to see what a running model selects: a forward hook on this module gets a.
+
+    Args:
+        channels: Number of channels C.
+        M: Number of branches.
+        attn_channels: Width d of z.
+        act_layer: Activation, class or name.
+        norm_layer: Normalisation, class or name.
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            M: int,
+            attn_channels: int,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.M = M
+        self.fc1 = nn.Conv2d(channels, attn_channels, 1, bias=False, **dd)
+        self.bn = get_norm_act_layer(norm_layer, act_layer)(attn_channels, **dd)
+        self.fc2 = nn.Conv2d(attn_channels, M * channels, 1, bias=False, **dd)
+
+    def forward(self, s: Tensor) -> Tensor:
+        """Maps the statistics s, (B, C, 1, 1), to the weights a, (B, M, C), which sum to 1 over M.
+
+        Raises:
+            ValueError: In training, where a BatchNorm would normalise over a batch of 1.
+        """
+        if not torch.jit.is_scripting():
+            if self.bn.training and isinstance(self.bn, nn.BatchNorm2d):
+                _check_batch(s)
+        z = self.bn(self.fc1(s))
+        logits = self.fc2(z)
+        return logits.unflatten(1, (self.M, -1)).flatten(2).softmax(dim=1)
+
+
+class SelectiveKernelConv(nn.Module):
+    """SK convolution: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)).
+
+    Branch i is a grouped k_i x k_i convolution of dilation D_i, norm and activation, giving U_i; the output is
+    V = sum_i a_i U_i with attention a = softmax(A act(norm(W mean(sum_i U_i)))), channel by channel. With one branch
+    the softmax is 1: V = U_1, and the layer has no attention parameters.
+
+    Args:
+        in_channels: Number of input channels C_in.
+        out_channels: Number of output channels C; C_in if None.
+        branches: One (kernel size, dilation, groups) per branch, M >= 1 of them; 0 groups make it depthwise.
+        stride: Stride of every branch.
+        dilation: Factor on every branch's own dilation.
+        r: Reduction ratio of the attention; its width is d = max(C / r, L).
+        L: Least attention width.
+        attn_channels: The attention width d itself, in place of r and L.
+        act_layer: Activation of branches and attention, class or name.
+        norm_layer: Normalisation of branches and attention, class or name.
+
+    Raises:
+        ValueError: For branches, stride or widths that no such layer can have.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: Optional[int] = None,
+            branches: Sequence[Branch] = PAPER_BRANCHES,
+            stride: int = 1,
+            dilation: int = 1,
+            r: float = 16,
+            L: int = 32,
+            attn_channels: Optional[int] = None,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        out_channels = in_channels if out_channels is None else out_channels
+        branches = check_branches(branches, in_channels, out_channels)
+        if attn_channels is None:
+            if r <= 0:
+                raise ValueError(f'r must be positive, got {r}.')
+            attn_channels = max(int(out_channels / r), L)
+        for name, value in ('stride', stride), ('dilation', dilation), ('attention width', attn_channels):
+            if value < 1:
+                raise ValueError(f'The {name} of an SK convolution must be at least 1, got {value}.')
+
+        self.branches = nn.ModuleList([
+            ConvNormAct(
+                in_channels,
+                out_channels,
+                k,
+                stride=stride,
+                padding=D * dilation * (k // 2),
+                dilation=D * dilation,
+                groups=G,
+                act_layer=act_layer,
+                norm_layer=norm_layer,
+                **dd,
+            )
+            for k, D, G in branches
+        ])
+        self.attn = None
+        if len(branches) > 1:
+            self.attn = SelectiveKernelAttn(
+                out_channels,
+                len(branches),
+                attn_channels,
+                act_layer=act_layer,
+                norm_layer=norm_layer,
+                **dd,
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        U = [branch(x) for branch in self.branches]
+        if self.attn is None:
+            return U[0]
+        a = self.attn(fuse(U))
+        return select(U, a)
+
+
+def check_branches(branches: Sequence[Branch], in_channels: int, out_channels: int) -> Tuple[Branch, ...]:
+    """Returns the branches with the groups of depthwise ones filled in.
+
+    Raises:
+        ValueError: Where a branch is no (kernel size, dilation, groups) or does not fit the channels.
+    """
+    form = 'a sequence of (kernel size, dilation, groups), such as [[3, 1, 32], [3, 2, 32]]'
+    try:
+        triples = [tuple(int(v) for v in (k, D, G)) for k, D, G in branches]
+    except (TypeError, ValueError):
+        raise ValueError(f'branches must be {form}, got {branches!r}.') from None
+    if not triples:
+        raise ValueError(f'branches must hold at least one branch: {form}.')
+    checked = []
+    for k, D, G in triples:
+        if k < 1 or k % 2 == 0 or D < 1 or G < 0:
+            raise ValueError(
+                f'A branch needs an odd kernel size, a dilation of at least 1 and groups of at least 0 (0: depthwise), '
+                f'got {[k, D, G]}.'
+            )
+        G = G or in_channels
+        if in_channels % G or out_channels % G:
+            raise ValueError(
+                f'{G} groups do not divide {in_channels} input and {out_channels} output channels of branch '
+                f'{[k, D, G]}: choose groups that divide both.'
+            )
+        checked.append((k, D, G))
+    return tuple(checked)

@@ -1,0 +1,487 @@
+"""One network for every family of SKNets: stem -> stages of units -> head (paper, tables 1, 4 and 6)."""
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import torch
+from timm.layers import (
+    ClassifierHead,
+    ConvNormAct,
+    DropPath,
+    calculate_drop_path_rates,
+    create_act_layer,
+    get_device_dtype,
+)
+from timm.layers.typing import LayerType
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from timm_sknet.layers import PAPER_BRANCHES, Branch, SelectiveKernelAttn, SelectiveKernelConv
+
+
+@dataclass(frozen=True)
+class SKNetCfg:
+    """What distinguishes one SKNet from another; every field can be given to `create_model` as a JSON value.
+
+    Attributes:
+        unit: Kind of unit, a key of `UNITS`.
+        depths: Units in each stage.
+        mid_widths: Channels of each stage's SK convolutions.
+        widths: Output channels of each stage.
+        strides: Stride of each stage's first unit.
+        stem: Channels, kernel size and stride of the first convolution.
+        stem_pool: Max-pool 3x3 of stride 2 behind it: 'pad' (padding 1, PyTorch's ResNets), 'ceil' (no padding,
+            rounded up, the authors' Caffe files) or '' for none.
+        head_width: Channels of a last 1x1 convolution before the pool, 0 for none.
+        branches: Kernel size, dilation and groups (0: depthwise) of each branch of the SK convolutions.
+        r: Reduction ratio of the attention.
+        L: Least attention width.
+        attn_widths: Attention width of each stage, in place of r and L.
+        act_layer: Activation of the whole network, name or class.
+        norm_layer: Normalisation of the whole network, name or class.
+        bn_momentum: Momentum (torch's) of batch norm layers; None leaves the layer's own.
+        bn_eps: The eps of batch norm layers; None leaves the layer's own.
+        init: He initialisation of the convolutions, 'fan_in' as in the authors' Caffe files (which also draw
+            attention and classifier from a Gaussian of .01) or 'fan_out' as in their PyTorch variant.
+    """
+
+    unit: str = 'bottleneck'
+    depths: Sequence[int] = (3, 4, 6, 3)
+    mid_widths: Sequence[int] = (128, 256, 512, 1024)
+    widths: Sequence[int] = (256, 512, 1024, 2048)
+    strides: Sequence[int] = (1, 2, 2, 2)
+    stem: Tuple[int, int, int] = (64, 7, 2)
+    stem_pool: str = 'pad'
+    head_width: int = 0
+    branches: Sequence[Branch] = PAPER_BRANCHES
+    r: float = 16
+    L: int = 32
+    attn_widths: Optional[Sequence[int]] = None
+    act_layer: LayerType = 'relu'
+    norm_layer: LayerType = 'batchnorm2d'
+    bn_momentum: Optional[float] = 0.05
+    bn_eps: Optional[float] = 1e-5
+    init: str = 'fan_in'
+
+    def __post_init__(self):
+        stages = len(self.depths)
+        for name in 'mid_widths', 'widths', 'strides', 'attn_widths':
+            value = getattr(self, name)
+            if value is not None and len(value) != stages:
+                raise ValueError(f'{name} must have one value for each of the {stages} stages, got {value!r}.')
+        for name, known in ('unit', UNITS), ('stem_pool', STEM_POOLS), ('init', INITS):
+            if getattr(self, name) not in known:
+                raise ValueError(f'{name} must be one of {list(known)}, got {getattr(self, name)!r}.')
+
+    @property
+    def levels(self) -> int:
+        """Number of feature maps: one of each stage, and those of stem and pool that a stride sets apart."""
+        return len(self.depths) + bool(self.stem_pool) + (self.strides[0] > 1)
+
+    def override(self, **kwargs: Any) -> 'SKNetCfg':
+        """Returns a copy with the fields that are not None replaced; a norm layer brings its own momentum and eps."""
+        if kwargs.get('norm_layer') is not None:
+            self = replace(self, bn_momentum=None, bn_eps=None)
+        return replace(self, **{k: v for k, v in kwargs.items() if v is not None})
+
+
+class Bottleneck(nn.Module):
+    """1x1 reduce -> SK convolution -> 1x1 increase, plus the shortcut (table 1)."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            mid_chs: int,
+            out_chs: int,
+            conv: Callable[..., nn.Module],
+            sk: Callable[..., nn.Module],
+            act: Callable[[], nn.Module],
+            stride: int,
+            project: bool,
+            drop_path: float,
+    ):
+        super().__init__()
+        self.conv1 = conv(in_chs, mid_chs, 1)
+        self.sk = sk(mid_chs, mid_chs, stride=stride)
+        self.conv3 = conv(mid_chs, out_chs, 1, apply_act=False)
+        self.shortcut = conv(in_chs, out_chs, 1, stride=stride, apply_act=False) if project else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.act = act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv3(self.sk(self.conv1(x)))
+        return self.act(self.drop_path(y) + self.shortcut(x))
+
+
+class BasicBlock(nn.Module):
+    """SK convolution -> 3x3, plus the shortcut: the two-layer unit of small ResNets with its first layer selective."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            mid_chs: int,
+            out_chs: int,
+            conv: Callable[..., nn.Module],
+            sk: Callable[..., nn.Module],
+            act: Callable[[], nn.Module],
+            stride: int,
+            project: bool,
+            drop_path: float,
+    ):
+        super().__init__()
+        self.sk = sk(in_chs, mid_chs, stride=stride)
+        self.conv2 = conv(mid_chs, out_chs, 3, apply_act=False)
+        self.shortcut = conv(in_chs, out_chs, 1, stride=stride, apply_act=False) if project else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.act = act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.sk(x))
+        return self.act(self.drop_path(y) + self.shortcut(x))
+
+
+class ShuffleUnit(nn.Module):
+    """ShuffleNetV2's unit with every depthwise 3x3 an SK convolution (table 4; our reading of "each").
+
+    A unit that keeps width and size transforms half of the channels and passes the others on; one that does not
+    (`project`) transforms all of them twice, and so doubles as its own shortcut.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            mid_chs: int,
+            out_chs: int,
+            conv: Callable[..., nn.Module],
+            sk: Callable[..., nn.Module],
+            act: Callable[[], nn.Module],
+            stride: int,
+            project: bool,
+            drop_path: float,
+    ):
+        super().__init__()
+        self.conv1 = conv(in_chs if project else in_chs // 2, mid_chs, 1)
+        self.sk = sk(mid_chs, mid_chs, stride=stride)
+        self.conv3 = conv(mid_chs, out_chs // 2, 1)
+        self.shortcut = None
+        if project:
+            self.shortcut = nn.Sequential(sk(in_chs, in_chs, stride=stride), conv(in_chs, out_chs - out_chs // 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shortcut is not None:
+            passed, y = self.shortcut(x), x
+        else:
+            passed, y = x.chunk(2, dim=1)
+        y = self.conv3(self.sk(self.conv1(y)))
+        # shuffle: the channels of the two halves alternate
+        return torch.cat((passed, y), dim=1).unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class Stage(nn.Sequential):
+    """Units in a row, their activations kept for backward or, with `grad_checkpointing`, computed again."""
+
+    def __init__(self, *units: nn.Module):
+        super().__init__(*units)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self, x)
+        for unit in self:
+            x = unit(x)
+        return x
+
+
+UNITS = {'bottleneck': Bottleneck, 'basic': BasicBlock, 'shuffle': ShuffleUnit}
+STEM_POOLS: Dict[str, Callable[[], nn.Module]] = {
+    'pad': partial(nn.MaxPool2d, 3, stride=2, padding=1),
+    'ceil': partial(nn.MaxPool2d, 3, stride=2, padding=0, ceil_mode=True),
+    '': nn.Identity,
+}
+INITS = 'fan_in', 'fan_out'
+
+
+class SKNet(nn.Module):
+    """Selective Kernel Network.
+
+    Args:
+        cfg: The architecture.
+        num_classes: Number of classes, 0 for pooled features.
+        in_chans: Number of image channels.
+        global_pool: Pooling of the head, as in timm ('' for none).
+        output_stride: Ratio of image to last map; strides beyond it become dilations. None: the network's own.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth rate of the last unit, rising linearly from 0.
+        zero_init_last: Start residual units as identities (the authors do not).
+        overrides: Any field of `SKNetCfg` to replace.
+
+    Raises:
+        TypeError: For an unknown argument.
+        ValueError: For a value that this network cannot have.
+    """
+
+    def __init__(
+            self,
+            cfg: SKNetCfg,
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            output_stride: Optional[int] = None,
+            drop_rate: float = 0.0,
+            drop_path_rate: float = 0.0,
+            zero_init_last: bool = False,
+            device=None,
+            dtype=None,
+            **overrides: Any,
+    ):
+        super().__init__()
+        cfg = cfg.override(**overrides)
+        if cfg.unit == 'shuffle' and (drop_path_rate or zero_init_last):
+            raise ValueError(
+                f'A network of shuffle units has no residual to drop or to zero, got drop_path_rate={drop_path_rate}, '
+                f'zero_init_last={zero_init_last}: leave both out.'
+            )
+        dd = {'device': device, 'dtype': dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+
+        layers = dict(act_layer=cfg.act_layer, norm_layer=cfg.norm_layer, **dd)
+        conv = partial(ConvNormAct, **layers)
+        act = partial(create_act_layer, cfg.act_layer, inplace=True)
+
+        width, kernel, stride = cfg.stem
+        self.stem = conv(in_chans, width, kernel, stride=stride)
+        self.pool = STEM_POOLS[cfg.stem_pool]()
+        reduction = stride
+        taps = [('stem', width, reduction)]
+        if cfg.stem_pool:
+            reduction *= 2
+            taps.append(('pool', width, reduction))
+
+        dilations, strides = dilate(cfg.strides, reduction, output_stride)
+        drop_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
+        stages: List[nn.Module] = []
+        dilation = 1
+        for i, depth in enumerate(cfg.depths):
+            units = []
+            for j in range(depth):
+                units.append(UNITS[cfg.unit](
+                    width,
+                    cfg.mid_widths[i],
+                    cfg.widths[i],
+                    conv=conv,
+                    sk=partial(
+                        SelectiveKernelConv,
+                        branches=cfg.branches,
+                        dilation=dilation,
+                        r=cfg.r,
+                        L=cfg.L,
+                        attn_channels=cfg.attn_widths[i] if cfg.attn_widths else None,
+                        **layers,
+                    ),
+                    act=act,
+                    stride=strides[i] if j == 0 else 1,
+                    project=j == 0 and (cfg.strides[i] != 1 or width != cfg.widths[i]),
+                    drop_path=next(drop_rates),
+                ))
+                width = cfg.widths[i]
+                dilation = dilations[i]  # after the unit whose stride it stands for
+            reduction *= strides[i]
+            stages.append(Stage(*units))
+            taps.append((f'stages.{i}', width, reduction))
+        self.stages = nn.Sequential(*stages)
+
+        # stem and pool are features of their own only where the next map is smaller
+        self.feature_info = [
+            dict(module=name, num_chs=chs, reduction=red)
+            for (name, chs, red), (_, _, next_red) in zip(taps, [*taps[1:], ('', 0, 0)])
+            if name.startswith('stages') or red < next_red
+        ]
+
+        self.num_features = cfg.head_width or width
+        self.conv_head = conv(width, cfg.head_width, 1) if cfg.head_width else nn.Identity()
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+
+        for m in self.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.momentum = m.momentum if cfg.bn_momentum is None else cfg.bn_momentum
+                m.eps = m.eps if cfg.bn_eps is None else cfg.bn_eps
+        self.init_weights(cfg.init, zero_init_last)
+
+    @torch.jit.ignore
+    def init_weights(self, init: str, zero_init_last: bool = False) -> None:
+        """Draws the weights as the authors do; see `SKNetCfg.init`."""
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode=init, nonlinearity='relu')
+        if init == 'fan_in':
+            small = [m for attn in self.modules() if isinstance(attn, SelectiveKernelAttn) for m in (attn.fc1, attn.fc2)]
+            for m in [*small, self.head.fc]:
+                if hasattr(m, 'weight'):
+                    nn.init.normal_(m.weight, std=0.01)
+            if getattr(self.head.fc, 'bias', None) is not None:
+                nn.init.zeros_(self.head.fc.bias)
+        if zero_init_last:
+            for stage in self.stages:
+                for unit in stage:
+                    last = unit.conv3 if isinstance(unit, Bottleneck) else unit.conv2
+                    nn.init.zeros_(last.bn.weight)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Groups parameters by depth, for timm's layer-wise learning rates."""
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.(\d+)', None),
+                (r'^conv_head', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each unit in backward instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads our keys, and timm's for the same network: timm filters keys of pretrained weights only."""
+        return super().load_state_dict(native_keys(state_dict), strict=strict, assign=assign)
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None, device=None, dtype=None) -> None:
+        """Replaces the classifier, and the pooling unless `global_pool` is None."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self, device=device, dtype=dtype))
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """Returns the maps named in `feature_info`, and the last features unless `intermediates_only`.
+
+        Args:
+            x: Images, (B, in_chans, H, W).
+            indices: The last n maps if an int, all if None, else those at the given positions of `feature_info`.
+            norm: Without effect, the maps are normalised.
+            stop_early: Stop at the last map that is asked for.
+            output_fmt: 'NCHW', there is no other.
+            intermediates_only: Return the maps alone.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        taps = [info['module'] for info in self.feature_info]
+        intermediates = []
+        for name, module in self._steps():
+            x = module(x)
+            if name in taps:
+                if taps.index(name) in take:
+                    intermediates.append(x)
+                if stop_early and taps.index(name) == last:
+                    break
+        else:
+            x = self.conv_head(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Removes what the maps at `indices` do not need; returns their positions in `feature_info`."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        names = [name for name, _ in self._steps()]
+        last_name = self.feature_info[last]['module']
+        pruned = names[names.index(last_name) + 1:]
+        if 'pool' in pruned:
+            self.pool = nn.Identity()
+        self.stages = self.stages[:len(self.stages) - sum(name.startswith('stages') for name in pruned)]
+        if prune_head or pruned:
+            self.conv_head = nn.Identity()
+            self.num_features = self.head.in_features = self.feature_info[last]['num_chs']
+            self.reset_classifier(0, '')
+        return take
+
+    def _steps(self) -> List[Tuple[str, nn.Module]]:
+        stages = [(f'stages.{i}', stage) for i, stage in enumerate(self.stages)]
+        return [('stem', self.stem), ('pool', self.pool), *stages]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.pool(x)
+        x = self.stages(x)
+        return self.conv_head(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+def native_keys(state_dict: Mapping[str, Tensor], model: Optional[nn.Module] = None) -> Mapping[str, Tensor]:
+    """Renames the keys of timm's `skresnext50_32x4d` to ours; other state dicts come back as they are."""
+    if not any('.conv2.paths.' in key for key in state_dict):
+        return state_dict
+    renames = (
+        (r'^conv1\.', 'stem.conv.'),
+        (r'^bn1\.', 'stem.bn.'),
+        (r'^fc\.', 'head.fc.'),
+        (r'^layer(\d)', lambda m: f'stages.{int(m[1]) - 1}'),
+        (r'\.conv2\.paths', '.sk.branches'),
+        (r'\.conv2\.attn\.bn', '.sk.attn.bn'),
+        (r'\.conv2\.attn\.fc_reduce', '.sk.attn.fc1'),
+        (r'\.conv2\.attn\.fc_select', '.sk.attn.fc2'),
+        (r'\.downsample\.0', '.shortcut.conv'),
+        (r'\.downsample\.1', '.shortcut.bn'),
+    )
+    renamed = {}
+    for key, value in state_dict.items():
+        for pattern, name in renames:
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
+    return renamed
+
+
+def dilate(strides: Sequence[int], reduction: int, output_stride: Optional[int]) -> Tuple[List[int], List[int]]:
+    """Turns the strides beyond `output_stride` into dilations.
+
+    Args:
+        strides: Stride of each stage.
+        reduction: Ratio of image to map before the first stage.
+        output_stride: Ratio of image to map after the last one; None for what the strides give.
+
+    Returns:
+        Dilation and stride of each stage.
+
+    Raises:
+        ValueError: Where the stages cannot end at that ratio.
+    """
+    reachable = [reduction * s for s in torch.tensor(strides, device='cpu').cumprod(0).tolist()]
+    if output_stride is not None and output_stride not in reachable:
+        raise ValueError(f'output_stride must be one of {sorted(set(reachable))} for this network, got {output_stride}.')
+    dilations, kept, dilation = [], [], 1
+    for stride, reached in zip(strides, reachable):
+        if output_stride is not None and reached > output_stride:
+            dilation *= stride
+            stride = 1
+        dilations.append(dilation)
+        kept.append(stride)
+    return dilations, kept

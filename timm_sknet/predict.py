@@ -1,0 +1,134 @@
+"""Classifies image files with any model of timm: the work behind `timm-sknet predict`."""
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, List, Sequence, Tuple, Union
+
+import timm
+import torch
+from huggingface_hub.utils import LocalEntryNotFoundError
+from PIL import Image, UnidentifiedImageError
+from timm.data import ImageNetInfo, create_transform, get_img_extensions, infer_imagenet_subset, resolve_data_config
+from torch import nn
+
+PHOTOS = Path(__file__).parent / 'photos'
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class of one image."""
+
+    label: str
+    index: int
+    probability: float
+
+
+def find_images(path: Union[str, Path]) -> List[Path]:
+    """Returns the file itself, or all images below a folder, sorted.
+
+    Raises:
+        ValueError: For a folder without images.
+    """
+    if not os.path.isdir(path):
+        return [Path(path)]
+    endings = (*get_img_extensions(), '.bmp', '.webp')
+    files = sorted(file for file in Path(path).rglob('*') if file.suffix.lower() in endings and file.is_file())
+    if not files:
+        raise ValueError(f'{path}: there is no image in this folder, nor below it. Looked for {", ".join(endings)}.')
+    return files
+
+
+def load_model(name: str) -> nn.Module:
+    """Returns a classifier with its pretrained weights, in eval mode.
+
+    Args:
+        name: A registered name, 'hf-hub:ORG/REPO' or 'local-dir:FOLDER'.
+
+    Raises:
+        RuntimeError: Where there is no such model, or no weights for it; the text says why and what works instead.
+        ValueError: For a model that is no classifier.
+    """
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except LocalEntryNotFoundError as e:
+        raise RuntimeError(
+            f'The Hub cannot be reached, and there is no download of {name!r} on this machine. Use the model in the '
+            'package (leave out --model) or a local folder (local-dir:FOLDER); HF_HUB_OFFLINE=1 ends the wait at once.'
+        ) from e
+    except Exception as e:  # names lead to files and repositories of others, which can be wrong in every way
+        known = [*timm.list_models(), *timm.list_pretrained()]
+        near = [] if name in known else difflib.get_close_matches(name.lower(), known, n=5)
+        hint = f' The nearest names: {", ".join(near)}.' if near else ''
+        reason = ' '.join(str(e).split()).rstrip('.') or repr(e)
+        raise RuntimeError(f'Model {name!r} cannot be loaded: {reason}.{hint}') from e
+    if not model.num_classes:
+        raise ValueError(f'Model {name!r} has no classes to predict, it gives features. Choose a classifier.')
+    return model.eval()
+
+
+def class_names(model: nn.Module) -> List[str]:
+    """Returns the name of each class: those of the cfg, else ImageNet's where their number fits, else the index."""
+    cfg: Any = model.pretrained_cfg
+    num_classes: Any = model.num_classes
+    names, subset = cfg.get('label_names'), infer_imagenet_subset(model)
+    if names:
+        descriptions = cfg.get('label_descriptions') or {}
+        names = [descriptions.get(n, n) for n in (names.values() if isinstance(names, dict) else names)]
+    elif subset:
+        names = ImageNetInfo(subset).label_descriptions()
+    if not names or len(names) != num_classes:
+        names = [str(i) for i in range(num_classes)]
+    return names
+
+
+def read_image(file: Path, mode: str = 'RGB') -> Image.Image:
+    """Returns the whole image, decoded as timm's readers do: by Pillow, converted to `mode`, not turned by EXIF.
+
+    Raises:
+        ValueError: For whatever is wrong with the file, which the text names.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.convert(mode)
+    except UnidentifiedImageError as e:
+        raise ValueError(f'{file}: not an image, or in no format that Pillow reads.') from e
+    except Exception as e:  # Pillow's decoders raise whatever they meet
+        raise ValueError(f'{file}: cannot be read: {getattr(e, "strerror", None) or str(e) or repr(e)}') from e
+
+
+def classify(
+    model: nn.Module,
+    files: Sequence[Path],
+    topk: int = 5,
+) -> Iterator[Tuple[Path, Union[List[Prediction], ValueError]]]:
+    """Classifies files in batches, preprocessed as the model's cfg has it.
+
+    Args:
+        model: A classifier in eval mode.
+        files: Images in any format of Pillow.
+        topk: Classes for each image, at most all.
+
+    Yields:
+        Each file with its classes, the likeliest first, in the order given; or with the error that says why it cannot
+        be read, somewhat earlier.
+    """
+    config = resolve_data_config({}, model=model)
+    transform = create_transform(**config)
+    mode = 'RGB' if config['input_size'][0] == 3 else 'L'  # as timm's validate.py
+    names = class_names(model)
+    for start in range(0, len(files), BATCH_SIZE):
+        batch = []
+        for file in files[start : start + BATCH_SIZE]:
+            try:
+                batch.append((file, transform(read_image(file, mode))))
+            except ValueError as e:
+                yield file, e
+        if batch:
+            with torch.inference_mode():
+                probabilities = model(torch.stack([x for _, x in batch])).float().softmax(-1)
+            top = probabilities.topk(min(topk, len(names)))
+            for (file, _), values, indices in zip(batch, top.values.tolist(), top.indices.tolist(), strict=True):
+                yield file, [Prediction(names[i], i, p) for p, i in zip(values, indices, strict=True)]
