@@ -3,6 +3,7 @@
 The module stands beside the package: an entry point inside it would make every `import torch` run the package's
 `__init__`, which imports timm.
 """
+
 import os
 import sys
 import warnings
@@ -35,11 +36,12 @@ class _PostImportHook:
     def find_spec(self, fullname: str, path: Any = None, target: Optional[ModuleType] = None) -> Optional[ModuleSpec]:
         if fullname != 'timm.models':
             return None
-        behind = sys.meta_path[sys.meta_path.index(self) + 1:]
+        behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in behind)), None)
         try:
-            if spec is not None:
-                spec.loader.exec_module = partial(_execute_and_register, spec.loader.exec_module)
+            if spec is not None and spec.loader is not None:
+                execute = spec.loader.exec_module
+                spec.loader.exec_module = partial(_execute_and_register, execute)  # type: ignore[method-assign]
         except Exception as error:
             _warn(error)
         return spec

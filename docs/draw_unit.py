@@ -1,4 +1,5 @@
 """Draws docs/sk_unit.png, the SK convolution of two branches as the README shows it: python docs/draw_unit.py"""
+
 from pathlib import Path
 
 import matplotlib
@@ -12,9 +13,17 @@ NARROW, WIDE, PLAIN = '#0072b2', '#d55e00', '#444444'  # Okabe and Ito's palette
 
 def box(ax, x, y, text, width=1.9, height=0.8, color=PLAIN, fill='white', size=10):
     """Draws a box around (x, y) and returns its left and right ends."""
-    ax.add_patch(FancyBboxPatch(
-        (x - width / 2, y - height / 2), width, height, boxstyle='round,pad=0.02,rounding_size=0.1', ec=color, fc=fill, lw=1.6
-    ))
+    ax.add_patch(
+        FancyBboxPatch(
+            (x - width / 2, y - height / 2),
+            width,
+            height,
+            boxstyle='round,pad=0.02,rounding_size=0.1',
+            ec=color,
+            fc=fill,
+            lw=1.6,
+        )
+    )
     ax.text(x, y, text, ha='center', va='center', fontsize=size, color=color if fill == 'white' else 'white')
     return x - width / 2 - 0.04, x + width / 2 + 0.04
 
@@ -23,7 +32,9 @@ def arrow(ax, *points, color=PLAIN):
     """Draws a line through the points with a head at the last."""
     xs, ys = zip(*points[:-1])
     ax.plot(xs, ys, color=color, lw=1.4, solid_capstyle='round')
-    ax.annotate('', points[-1], points[-2], arrowprops=dict(arrowstyle='-|>', color=color, lw=1.4, shrinkA=0, shrinkB=0))
+    ax.annotate(
+        '', points[-1], points[-2], arrowprops=dict(arrowstyle='-|>', color=color, lw=1.4, shrinkA=0, shrinkB=0)
+    )
 
 
 def main():
@@ -51,17 +62,18 @@ def main():
 
     end = 5.07
     for x, text, width, above in (
-        (6.15, 'mean\nover $H, W$', 1.25, '$s$: $C$'),
-        (7.85, '$W$, BN,\nReLU', 1.05, '$z$: $d$'),
-        (9.45, '$A$, softmax\nover branches', 1.5, None),
+        (6.1, 'mean over\n$H, W$', 1.3, '$s$'),
+        (7.65, '$W$, BN,\nReLU', 1.0, '$z$'),
+        (9.35, '$A$, softmax\nover branches', 1.6, ''),
     ):
         left, right = box(ax, x, middle, text, width, 0.9)
         arrow(ax, (end, middle), (left, middle))
-        if above:
-            ax.text(right + 0.2, middle + 0.12, above, fontsize=10, color=PLAIN, ha='center', va='bottom')
+        ax.text(right + 0.2, middle + 0.1, above, fontsize=13, color=PLAIN, ha='center', va='bottom')
         end = right
+    ax.plot((end, 10.75), (middle, middle), color=PLAIN, lw=1.4)
     for y, name, color in (top, '$a_1$', NARROW), (bottom, '$a_2$', WIDE):
-        arrow(ax, (end, middle), (10.75, middle), (10.75, y + (-0.45 if y == top else 0.45)), (11.37, y + (-0.1 if y == top else 0.1)), color=color)
+        inward = -1 if y == top else 1
+        arrow(ax, (10.75, middle), (10.75, y + 0.45 * inward), (11.36, y + 0.1 * inward), color=color)
         ax.text(10.6, (y + middle) / 2, name, color=color, fontsize=13, ha='right', va='center')
     v_left, _ = box(ax, 12.6, middle, '$V$', 0.9, fill=PLAIN, size=14)
     arrow(ax, (11.67, middle), (v_left, middle))

@@ -1,4 +1,5 @@
 """A server on loopback that answers what huggingface_hub asks when it downloads a file."""
+
 import hashlib
 import re
 import threading

@@ -1,4 +1,5 @@
 """Registration in processes that import only torch or timm; the package must be installed (its entry point counts)."""
+
 import json
 import os
 import subprocess
@@ -20,7 +21,10 @@ def python(tmp_path):
         env = {**os.environ, 'PYTHONPATH': str(tmp_path), 'OMP_NUM_THREADS': '1', **env}
         done = subprocess.run(
             [sys.executable, *(args or ('-c', code))],
-            cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300,
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout, done.stderr
@@ -55,13 +59,16 @@ def test_importing_the_package_or_a_module_of_it_before_timm_registers_once(pyth
 
 
 def test_the_switch_stops_the_autoload_and_a_later_import_of_the_package_still_registers(python):
-    python("""
+    python(
+        """
 import sys, timm
 assert not timm.is_model('sknet50')
-assert not {'timm_sknet', 'wrapt'} & set(sys.modules)
+assert 'timm_sknet' not in sys.modules
 import timm_sknet
 assert timm.is_model('sknet50')
-""", TIMM_SKNET_AUTOLOAD='0')
+""",
+        TIMM_SKNET_AUTOLOAD='0',
+    )
 
 
 def test_import_torch_pays_less_than_15_ms_and_imports_no_timm(python):
@@ -80,7 +87,8 @@ assert not {'timm', 'timm_sknet'} & set(sys.modules)
 
 # The parent imports torch and not timm: the hook must survive the fork, and be set anew where a process is spawned.
 def test_forked_and_spawned_loader_workers_have_our_models(python):
-    files = {'main.py': """
+    files = {
+        'main.py': """
 import sys, torch
 from torch.utils.data import DataLoader
 
@@ -99,7 +107,8 @@ if __name__ == '__main__':
     for context in 'fork', 'spawn':
         found, = DataLoader(Data(), num_workers=1, multiprocessing_context=context)
         assert found.all(), context
-"""}
+"""
+    }
     python(args=('main.py',), files=files)
 
 
@@ -113,7 +122,6 @@ def test_both_processes_of_torchrun_have_our_models(python):
 # By what is broken: the code that breaks it, the files that break it, the cause to name, Python's flag for warnings.
 BROKEN = {
     'timm': ("sys.modules['timm'] = None", {}, "ModuleNotFoundError: No module named 'timm'", 'default'),
-    'wrapt': ("sys.modules['wrapt'] = None", {}, 'ModuleNotFoundError: import of wrapt halted', 'default'),
     'what we need of timm': (
         '',
         {'timm/__init__.py': '', 'timm/models.py': ''},
@@ -151,14 +159,44 @@ torch.zeros(1) + 1
 
 
 def test_a_timm_that_fails_to_import_raises_its_own_error_and_torch_works(python):
-    _, err = python("""
+    _, err = python(
+        """
 import torch
 try:
     import timm
 except ZeroDivisionError:
     torch.zeros(1) + 1
-""", files={'timm/__init__.py': 'import timm.models', 'timm/models.py': '1 / 0'})
+""",
+        files={'timm/__init__.py': 'import timm.models', 'timm/models.py': '1 / 0'},
+    )
     assert err == ''
+
+
+# A finder that waits for the first thread's import of timm, while it keeps that thread from importing, never returns.
+def test_two_threads_may_import_timm_at_once(python):
+    files = {
+        'timm/__init__.py': 'import time\ntime.sleep(0.5)\nimport timm.layers, timm.models',
+        'timm/layers.py': '',
+        'timm/models.py': '',
+        'timm_sknet.py': "print('registered')",
+    }
+    out, err = python(
+        """
+import time
+from importlib import import_module
+from threading import Thread
+import _timm_sknet_autoload
+_timm_sknet_autoload.autoload()
+threads = [Thread(target=import_module, args=(name,)) for name in ('timm', 'timm.models')]
+for thread in threads:
+    thread.start()
+    time.sleep(0.2)
+for thread in threads:
+    thread.join()
+""",
+        files=files,
+    )
+    assert (out, err) == ('registered\n', '')
 
 
 def test_names_that_timm_has_registered_itself_are_replaced_with_one_warning(python):
@@ -175,15 +213,19 @@ def sknet12(pretrained=False, **kwargs):
 def sknet50(pretrained=False, **kwargs):
     raise NotImplementedError
 """
-    out, _ = python("""
-import warnings, wrapt
-wrapt.register_post_import_hook(lambda timm_models: __import__('theirs'), 'timm.models')
+    out, _ = python(
+        """
+import warnings
+import timm
+import theirs
 with warnings.catch_warnings(record=True) as caught:
-    import timm
+    import timm_sknet
 print(*[warning.message for warning in caught], sep='\\n')
-import timm_sknet
 assert isinstance(timm.create_model('sknet12'), timm_sknet.SKNet)
-""", files={'theirs.py': theirs})
-    warning, = out.splitlines()
+""",
+        files={'theirs.py': theirs},
+        TIMM_SKNET_AUTOLOAD='0',
+    )
+    (warning,) = out.splitlines()
     assert 'timm_sknet has replaced theirs.sknet50, theirs.sknet12 in' in warning
     assert 'TIMM_SKNET_AUTOLOAD=0' in warning

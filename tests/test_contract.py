@@ -1,4 +1,5 @@
 """What a process gets that imports timm alone: our models, and all that timm's scripts do with them."""
+
 import os
 import subprocess
 import sys
@@ -107,16 +108,20 @@ def test_train_by_module_name_where_the_autoload_is_off(images, tmp_path):
     refused = subprocess.run(
         [sys.executable, *map(str, arguments), '--drop-block', '0.1'], cwd=tmp_path, capture_output=True, text=True
     )
-    assert refused.returncode and "TypeError" in refused.stderr and "'drop_block_rate'" in refused.stderr
+    assert refused.returncode and 'TypeError' in refused.stderr and "'drop_block_rate'" in refused.stderr
 
 
 @needs_scripts
 @pytest.mark.slow
-@pytest.mark.parametrize('options', [
-    ('--reparam', '--channels-last', '--use-ema'),
-    ('--amp', '--amp-dtype', 'bfloat16', '--gp', 'fast'),
-    ('--torchcompile', 'aot_eager'),
-], ids='_'.join)
+@pytest.mark.parametrize(
+    'options',
+    [
+        ('--reparam', '--channels-last', '--use-ema'),
+        ('--amp', '--amp-dtype', 'bfloat16', '--gp', 'fast'),
+        ('--torchcompile', 'aot_eager'),
+    ],
+    ids='_'.join,
+)
 def test_validate_a_checkpoint(trained, images, options):
     log = python(
         *(SCRIPTS / 'validate.py', '--model', 'sknet12', '--num-classes', 3, '--data-dir', images, '-b', 4, *CPU),
@@ -130,7 +135,7 @@ def test_validate_a_checkpoint(trained, images, options):
 @pytest.mark.slow
 def test_validate_the_embedded_weights_and_a_folder_of_timms(images, tmp_path):
     save = (
-        "import timm; from timm.models import save_for_hf; "
+        'import timm; from timm.models import save_for_hf; '
         "save_for_hf(timm.create_model('sknet12', pretrained=True, num_classes=3, branches=[[3,1,1],[3,2,1]]), 'saved')"
     )
     python('-c', save, cwd=tmp_path)
@@ -174,7 +179,7 @@ def test_onnx_export_gives_the_models_own_logits(tmp_path, exporter):
     python(SCRIPTS / 'onnx_export.py', 'out.onnx', '--model', 'sknet12', '--reparam', *exporter, cwd=tmp_path)
     x = torch.randn(1, 3, 32, 32)
     session = onnxruntime.InferenceSession(tmp_path / 'out.onnx', providers=['CPUExecutionProvider'])
-    logits, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
         expected = timm.create_model('sknet12', pretrained=True).eval()(x)
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,5 @@
 """The SK convolution against the paper's equations, and in every form that torch can give it."""
+
 import itertools
 
 import pytest
@@ -42,7 +43,7 @@ def conv(x, weight, stride, dilation, groups):
     out = 0
     for i, j in itertools.product(range(k), repeat=2):
         y, z = i * dilation, j * dilation
-        tap = x[:, :, y:y + H:stride, z:z + W:stride].reshape(B, groups, C // groups, -1)
+        tap = x[:, :, y : y + H : stride, z : z + W : stride].reshape(B, groups, C // groups, -1)
         out = out + torch.einsum('bgip,goi->bgop', tap, weight[..., i, j])
     return out.reshape(B, -1, (H - 1) // stride + 1, (W - 1) // stride + 1)
 
@@ -56,7 +57,7 @@ def norm(x, bn, training):
 def equations(layer, x, branches, stride, dilation, training):
     """The layer by the book: equations 1 to 6 of the paper."""
     U = []
-    for branch, (k, D, G) in zip(layer.branches, branches):
+    for branch, (_, D, G) in zip(layer.branches, branches):
         u = conv(x, branch.conv.weight, stride, D * dilation, G or x.shape[1])
         U.append(norm(u, branch.bn, training).clamp(min=0))
     if len(U) == 1:
@@ -65,7 +66,7 @@ def equations(layer, x, branches, stride, dilation, training):
     s = sum(U).mean((2, 3), keepdim=True)
     z = norm(torch.einsum('dc,bcij->bdij', layer.attn.fc1.weight[..., 0, 0], s), layer.attn.bn, training).clamp(min=0)
     logits = torch.einsum('md,bdij->bm', layer.attn.fc2.weight[..., 0, 0], z)
-    A = torch.stack([logits[:, i * C:(i + 1) * C].exp() for i in range(len(U))], dim=1)
+    A = torch.stack([logits[:, i * C : (i + 1) * C].exp() for i in range(len(U))], dim=1)
     a = A / A.sum(1, keepdim=True)
     return sum(a[:, i, :, None, None] * u for i, u in enumerate(U)), a
 
@@ -87,7 +88,9 @@ def test_layer_follows_the_equations(branches, training, stride, dilation):
 
 def test_stride_meets_the_documented_output_size():
     for stride, size in itertools.product((1, 2, 3), (7, 8, 9)):
-        out = SelectiveKernelConv(8, branches=BRANCHES['M=2, paper'], stride=stride).eval()(torch.zeros(1, 8, size, size))
+        out = SelectiveKernelConv(8, branches=BRANCHES['M=2, paper'], stride=stride).eval()(
+            torch.zeros(1, 8, size, size)
+        )
         assert out.shape[2:] == (-(-size // stride),) * 2
 
 
@@ -104,9 +107,16 @@ def test_one_branch_has_no_attention():
     assert sum(p.numel() for p in layer.parameters()) == 64 * 2 * 9 + 2 * 64
 
 
-@pytest.mark.parametrize('channels, kwargs, width', [
-    (128, {}, 32), (1024, {}, 64), (2048, dict(r=32, L=16), 64), (64, dict(L=0), 4), (64, dict(attn_channels=7), 7),
-])
+@pytest.mark.parametrize(
+    'channels, kwargs, width',
+    [
+        (128, {}, 32),
+        (1024, {}, 64),
+        (2048, dict(r=32, L=16), 64),
+        (64, dict(L=0), 4),
+        (64, dict(attn_channels=7), 7),
+    ],
+)
 def test_attention_width(channels, kwargs, width):
     layer = SelectiveKernelConv(channels, **kwargs, device='meta')
     assert layer.attn.fc1.out_channels == layer.attn.fc2.in_channels == width
@@ -114,7 +124,9 @@ def test_attention_width(channels, kwargs, width):
 
 
 def test_equals_timms_layer():
-    theirs = randomize(SelectiveKernel(64, 64, [3, 5], stride=2, groups=32, rd_ratio=1 / 16, split_input=False)).double()
+    theirs = randomize(
+        SelectiveKernel(64, 64, [3, 5], stride=2, groups=32, rd_ratio=1 / 16, split_input=False)
+    ).double()
     ours = SelectiveKernelConv(64, stride=2, L=8).double()
     names = [('paths', 'branches'), ('fc_reduce', 'fc1'), ('fc_select', 'fc2')]
     state = theirs.state_dict()
@@ -143,7 +155,9 @@ def test_pooled_statistics_neither_overflow_nor_drown(dtype):
 @pytest.mark.parametrize('M', [2, 3, 4])
 def test_select_is_a_weighted_sum_that_keeps_layout_and_dtype(M):
     generator = torch.Generator().manual_seed(0)
-    for fmt, dtype in itertools.product((torch.contiguous_format, torch.channels_last), (torch.float32, torch.bfloat16)):
+    for fmt, dtype in itertools.product(
+        (torch.contiguous_format, torch.channels_last), (torch.float32, torch.bfloat16)
+    ):
         U = [torch.randn(2, 6, 5, 7, generator=generator).to(dtype, memory_format=fmt) for _ in range(M)]
         a = torch.randn(2, M, 6, generator=generator).softmax(1)
         V = select(U, a)
@@ -188,20 +202,23 @@ def test_activation_and_norm_reach_branches_and_attention(act, norm):
     assert layer(torch.randn(2, 16, 8, 8)).isfinite().all()
 
 
-@pytest.mark.parametrize('kwargs, words', [
-    (dict(branches=[]), 'at least one'),
-    (dict(branches=[3, 5]), r'\[3, 5\]'),
-    (dict(branches='abc'), 'abc'),
-    (dict(branches=[[3, 1]]), r'\[\[3, 1\]\]'),
-    (dict(branches=[[4, 1, 2]]), r'odd kernel size.*\[4, 1, 2\]'),
-    (dict(branches=[[3, 0, 2]]), r'dilation.*\[3, 0, 2\]'),
-    (dict(branches=[[3, 1, -1]]), r'groups.*\[3, 1, -1\]'),
-    (dict(branches=[[3, 1, 5]]), '5 groups do not divide 16'),
-    (dict(stride=0), 'stride.*0'),
-    (dict(dilation=0), 'dilation.*0'),
-    (dict(attn_channels=0), 'attention width.*0'),
-    (dict(r=0), 'r must be positive, got 0'),
-])
+@pytest.mark.parametrize(
+    'kwargs, words',
+    [
+        (dict(branches=[]), 'at least one'),
+        (dict(branches=[3, 5]), r'\[3, 5\]'),
+        (dict(branches='abc'), 'abc'),
+        (dict(branches=[[3, 1]]), r'\[\[3, 1\]\]'),
+        (dict(branches=[[4, 1, 2]]), r'odd kernel size.*\[4, 1, 2\]'),
+        (dict(branches=[[3, 0, 2]]), r'dilation.*\[3, 0, 2\]'),
+        (dict(branches=[[3, 1, -1]]), r'groups.*\[3, 1, -1\]'),
+        (dict(branches=[[3, 1, 5]]), '5 groups do not divide 16'),
+        (dict(stride=0), 'stride.*0'),
+        (dict(dilation=0), 'dilation.*0'),
+        (dict(attn_channels=0), 'attention width.*0'),
+        (dict(r=0), 'r must be positive, got 0'),
+    ],
+)
 def test_bad_arguments_are_named(kwargs, words):
     with pytest.raises(ValueError, match=words):
         SelectiveKernelConv(16, **{'branches': BRANCHES['M=2, paper'], **kwargs})

@@ -1,4 +1,5 @@
 """Every registered model: its size, its arguments, its keys, and what timm's users do with it."""
+
 import json
 import re
 from pathlib import Path
@@ -54,9 +55,16 @@ def test_parameters_and_macs(name):
     assert counter.get_total_flops() / 2e9 == pytest.approx(expected_gmacs, rel=0.005)
 
 
-@pytest.mark.parametrize('branch, millions', [
-    ([3, 3, 32], 27.480), ([3, 2, 32], 27.480), ([3, 1, 32], 27.480), ([5, 1, 64], 28.030), ([7, 1, 128], 27.991),
-])
+@pytest.mark.parametrize(
+    'branch, millions',
+    [
+        ([3, 3, 32], 27.480),
+        ([3, 2, 32], 27.480),
+        ([3, 1, 32], 27.480),
+        ([5, 1, 64], 28.030),
+        ([7, 1, 128], 27.991),
+    ],
+)
 def test_ablation_table_of_the_paper(branch, millions):
     assert parameters(meta('sknet50', branches=[[3, 1, 32], branch])) == pytest.approx(millions * 1e6, abs=500)
 
@@ -84,7 +92,7 @@ def test_one_branch_is_the_plain_network():
 def test_arguments_may_come_from_json():
     kwargs = json.loads(
         '{"branches": [[3, 1, 8], [5, 1, 8]], "depths": [1, 1, 1, 1], "attn_widths": [8, 8, 8, 8], "r": 8, "L": 8,'
-        ' "stem_pool": "ceil", "act_layer": "gelu", "norm_layer": "groupnorm1", "output_stride": 16, "bn_eps": 0.001}'
+        ' "stem_pool": "ceil", "act_layer": "gelu", "norm_layer": "groupnorm1", "output_stride": 16}'
     )
     model = timm.create_model('sknet26', **kwargs).eval()
     assert model(torch.randn(1, 3, 33, 47)).shape == (1, 1000)
@@ -156,18 +164,22 @@ def test_unknown_arguments_are_refused(name, argument):
         meta(name, **{argument: 0.1})
 
 
-@pytest.mark.parametrize('name, kwargs, words', [
-    ('sknet50', dict(output_stride=12), r'output_stride must be one of \[4, 8, 16, 32\].*12'),
-    ('sknet29_16x32d', dict(output_stride=8), r'output_stride must be one of \[1, 2, 4\].*8'),
-    ('sk_shufflenetv2_x1_0', dict(drop_path_rate=0.1), 'no residual.*drop_path_rate=0.1'),
-    ('sk_shufflenetv2_x1_0', dict(zero_init_last=True), 'no residual.*zero_init_last=True'),
-    ('sknet50', dict(stem_pool='same'), "stem_pool must be one of.*'ceil'.*'same'"),
-    ('sknet50', dict(unit='bottle'), "unit must be one of.*'bottleneck'.*'bottle'"),
-    ('sknet50', dict(init='xavier'), "init must be one of.*'fan_in'.*'xavier'"),
-    ('sknet50', dict(depths=[1, 2]), r'mid_widths must have one value for each of the 2 stages'),
-    ('sknet50', dict(attn_widths=[1, 2]), r'attn_widths must have one value for each of the 4 stages.*\[1, 2\]'),
-    ('sknet50', dict(branches=[[3, 1, 7]]), '7 groups do not divide 128'),
-])
+@pytest.mark.parametrize(
+    'name, kwargs, words',
+    [
+        ('sknet50', dict(output_stride=12), r'output_stride must be one of \[4, 8, 16, 32\].*12'),
+        ('sknet29_16x32d', dict(output_stride=8), r'output_stride must be one of \[1, 2, 4\].*8'),
+        ('sk_shufflenetv2_x1_0', dict(drop_path_rate=0.1), 'no residual.*drop_path_rate=0.1'),
+        ('sk_shufflenetv2_x1_0', dict(zero_init_last=True), 'no residual.*zero_init_last=True'),
+        ('sknet50', dict(stem_pool='same'), "stem_pool must be one of.*'ceil'.*'same'"),
+        ('sknet50', dict(unit='bottle'), "unit must be one of.*'bottleneck'.*'bottle'"),
+        ('sknet50', dict(init='xavier'), "init must be one of.*'fan_in'.*'xavier'"),
+        ('sknet50', dict(norm_layer='groupnorm1', bn_eps=0.1), "bn_eps=0.1 has no batch norm.*'groupnorm1'"),
+        ('sknet50', dict(depths=[1, 2]), r'mid_widths must have one value for each of the 2 stages'),
+        ('sknet50', dict(attn_widths=[1, 2]), r'attn_widths must have one value for each of the 4 stages.*\[1, 2\]'),
+        ('sknet50', dict(branches=[[3, 1, 7]]), '7 groups do not divide 128'),
+    ],
+)
 def test_impossible_arguments_are_named(name, kwargs, words):
     with pytest.raises(ValueError, match=words):
         meta(name, **kwargs)

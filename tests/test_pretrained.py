@@ -1,4 +1,5 @@
 """Pretrained weights by every road: the Hub, a checkpoint file, and the file in the package."""
+
 import os
 import subprocess
 import sys
@@ -6,11 +7,12 @@ import sys
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
-
 from conftest import TIMM_REPO
 from hub import hub
+from safetensors.torch import load_file
+
 from timm_sknet.sknets import default_cfgs
+
 
 @pytest.fixture
 def images():

@@ -1,4 +1,5 @@
 """timm's own tests of models, from the sdist of the installed timm, on every model of ours."""
+
 import os
 import subprocess
 import sys
@@ -8,8 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 import timm
-
 from hub import hub
+
 from timm_sknet.sknets import default_cfgs, model_cfgs
 
 TESTS = Path(__file__).parent
@@ -49,7 +50,9 @@ def test_timms_tests_pass_on_every_model(repo, tmp_path):
         )
     assert run.returncode == 0, run.stdout[-5000:]
     expected = Counter((test, name) for test in OF_EVERY_MODEL for name in model_cfgs)
-    expected += Counter((test, name) for test in OF_PRETRAINED_MODELS for name in default_cfgs if default_cfgs[name].is_pretrained)
+    expected += Counter(
+        (test, name) for test in OF_PRETRAINED_MODELS for name in default_cfgs if default_cfgs[name].is_pretrained
+    )
     assert ran(report) == expected
 
 

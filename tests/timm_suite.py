@@ -2,6 +2,7 @@
 
 timm selects the models of its tests by name, or by module for tests of a newer interface; ours are put under both.
 """
+
 import timm
 
 from timm_sknet.sknets import model_cfgs

@@ -1,4 +1,5 @@
 """Selective Kernel Networks (arXiv:1903.06586) for timm: the import registers every model."""
+
 from timm_sknet import sknets  # noqa: F401  registers the models
 from timm_sknet.layers import SelectiveKernelAttn, SelectiveKernelConv
 from timm_sknet.network import SKNet, SKNetCfg

@@ -1,10 +1,11 @@
 """The SK convolution as a layer: the modules that own the parameters (paper, section 3.1)."""
+
 from typing import Optional, Sequence, Tuple
 
 import torch
-from torch import Tensor, nn
 from timm.layers import ConvNormAct, get_norm_act_layer
 from timm.layers.typing import LayerType
+from torch import Tensor, nn
 
 from timm_sknet.ops import fuse, select
 
@@ -36,14 +37,14 @@ class SelectiveKernelAttn(nn.Module):
     """
 
     def __init__(
-            self,
-            channels: int,
-            M: int,
-            attn_channels: int,
-            act_layer: LayerType = nn.ReLU,
-            norm_layer: LayerType = nn.BatchNorm2d,
-            device=None,
-            dtype=None,
+        self,
+        channels: int,
+        M: int,
+        attn_channels: int,
+        act_layer: LayerType = nn.ReLU,
+        norm_layer: LayerType = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -90,19 +91,19 @@ class SelectiveKernelConv(nn.Module):
     """
 
     def __init__(
-            self,
-            in_channels: int,
-            out_channels: Optional[int] = None,
-            branches: Sequence[Branch] = PAPER_BRANCHES,
-            stride: int = 1,
-            dilation: int = 1,
-            r: float = 16,
-            L: int = 32,
-            attn_channels: Optional[int] = None,
-            act_layer: LayerType = nn.ReLU,
-            norm_layer: LayerType = nn.BatchNorm2d,
-            device=None,
-            dtype=None,
+        self,
+        in_channels: int,
+        out_channels: Optional[int] = None,
+        branches: Sequence[Branch] = PAPER_BRANCHES,
+        stride: int = 1,
+        dilation: int = 1,
+        r: float = 16,
+        L: int = 32,
+        attn_channels: Optional[int] = None,
+        act_layer: LayerType = nn.ReLU,
+        norm_layer: LayerType = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -116,21 +117,23 @@ class SelectiveKernelConv(nn.Module):
             if value < 1:
                 raise ValueError(f'The {name} of an SK convolution must be at least 1, got {value}.')
 
-        self.branches = nn.ModuleList([
-            ConvNormAct(
-                in_channels,
-                out_channels,
-                k,
-                stride=stride,
-                padding=D * dilation * (k // 2),
-                dilation=D * dilation,
-                groups=G,
-                act_layer=act_layer,
-                norm_layer=norm_layer,
-                **dd,
-            )
-            for k, D, G in branches
-        ])
+        self.branches = nn.ModuleList(
+            [
+                ConvNormAct(
+                    in_channels,
+                    out_channels,
+                    k,
+                    stride=stride,
+                    padding=D * dilation * (k // 2),
+                    dilation=D * dilation,
+                    groups=G,
+                    act_layer=act_layer,
+                    norm_layer=norm_layer,
+                    **dd,
+                )
+                for k, D, G in branches
+            ]
+        )
         self.attn = None
         if len(branches) > 1:
             self.attn = SelectiveKernelAttn(

@@ -1,8 +1,10 @@
 """One network for every family of SKNets: stem -> stages of units -> head (paper, tables 1, 4 and 6)."""
+
+import math
 import re
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.layers import (
@@ -87,87 +89,76 @@ class SKNetCfg:
         return replace(self, **{k: v for k, v in kwargs.items() if v is not None})
 
 
-class Bottleneck(nn.Module):
+class UnitSpec(NamedTuple):
+    """What a unit is built from: its place in the network, and the builders of its layers."""
+
+    in_chs: int
+    mid_chs: int
+    out_chs: int
+    stride: int
+    project: bool  # where width or size changes, and the shortcut must too
+    drop_path: float
+    conv: Callable[..., nn.Module]
+    sk: Callable[..., nn.Module]
+    act: Callable[[], nn.Module]
+
+
+class ResidualUnit(nn.Module):
+    """What its `residual` adds to the shortcut, a projection where need be."""
+
+    def __init__(self, spec: UnitSpec):
+        super().__init__()
+        self.shortcut = nn.Identity()
+        if spec.project:
+            self.shortcut = spec.conv(spec.in_chs, spec.out_chs, 1, stride=spec.stride, apply_act=False)
+        self.drop_path = DropPath(spec.drop_path) if spec.drop_path else nn.Identity()
+        self.act = spec.act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop_path(self.residual(x)) + self.shortcut(x))
+
+
+class Bottleneck(ResidualUnit):
     """1x1 reduce -> SK convolution -> 1x1 increase, plus the shortcut (table 1)."""
 
-    def __init__(
-            self,
-            in_chs: int,
-            mid_chs: int,
-            out_chs: int,
-            conv: Callable[..., nn.Module],
-            sk: Callable[..., nn.Module],
-            act: Callable[[], nn.Module],
-            stride: int,
-            project: bool,
-            drop_path: float,
-    ):
-        super().__init__()
-        self.conv1 = conv(in_chs, mid_chs, 1)
-        self.sk = sk(mid_chs, mid_chs, stride=stride)
-        self.conv3 = conv(mid_chs, out_chs, 1, apply_act=False)
-        self.shortcut = conv(in_chs, out_chs, 1, stride=stride, apply_act=False) if project else nn.Identity()
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.act = act()
+    def __init__(self, spec: UnitSpec):
+        super().__init__(spec)
+        self.conv1 = spec.conv(spec.in_chs, spec.mid_chs, 1)
+        self.sk = spec.sk(spec.mid_chs, spec.mid_chs, stride=spec.stride)
+        self.conv3 = spec.conv(spec.mid_chs, spec.out_chs, 1, apply_act=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv3(self.sk(self.conv1(x)))
-        return self.act(self.drop_path(y) + self.shortcut(x))
+    def residual(self, x: Tensor) -> Tensor:
+        return self.conv3(self.sk(self.conv1(x)))
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(ResidualUnit):
     """SK convolution -> 3x3, plus the shortcut: the two-layer unit of small ResNets with its first layer selective."""
 
-    def __init__(
-            self,
-            in_chs: int,
-            mid_chs: int,
-            out_chs: int,
-            conv: Callable[..., nn.Module],
-            sk: Callable[..., nn.Module],
-            act: Callable[[], nn.Module],
-            stride: int,
-            project: bool,
-            drop_path: float,
-    ):
-        super().__init__()
-        self.sk = sk(in_chs, mid_chs, stride=stride)
-        self.conv2 = conv(mid_chs, out_chs, 3, apply_act=False)
-        self.shortcut = conv(in_chs, out_chs, 1, stride=stride, apply_act=False) if project else nn.Identity()
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.act = act()
+    def __init__(self, spec: UnitSpec):
+        super().__init__(spec)
+        self.sk = spec.sk(spec.in_chs, spec.mid_chs, stride=spec.stride)
+        self.conv2 = spec.conv(spec.mid_chs, spec.out_chs, 3, apply_act=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv2(self.sk(x))
-        return self.act(self.drop_path(y) + self.shortcut(x))
+    def residual(self, x: Tensor) -> Tensor:
+        return self.conv2(self.sk(x))
 
 
 class ShuffleUnit(nn.Module):
-    """ShuffleNetV2's unit with every depthwise 3x3 an SK convolution (table 4; our reading of "each").
+    """ShuffleNetV2's unit with every depthwise 3x3 an SK convolution (section 4.1; our reading of it).
 
     A unit that keeps width and size transforms half of the channels and passes the others on; one that does not
-    (`project`) transforms all of them twice, and so doubles as its own shortcut.
+    transforms all of them twice, with half of the output channels from either way.
     """
 
-    def __init__(
-            self,
-            in_chs: int,
-            mid_chs: int,
-            out_chs: int,
-            conv: Callable[..., nn.Module],
-            sk: Callable[..., nn.Module],
-            act: Callable[[], nn.Module],
-            stride: int,
-            project: bool,
-            drop_path: float,
-    ):
+    def __init__(self, spec: UnitSpec):
         super().__init__()
-        self.conv1 = conv(in_chs if project else in_chs // 2, mid_chs, 1)
-        self.sk = sk(mid_chs, mid_chs, stride=stride)
-        self.conv3 = conv(mid_chs, out_chs // 2, 1)
+        in_chs, half = spec.in_chs, spec.out_chs // 2
         self.shortcut = None
-        if project:
-            self.shortcut = nn.Sequential(sk(in_chs, in_chs, stride=stride), conv(in_chs, out_chs - out_chs // 2, 1))
+        if spec.project:
+            self.shortcut = nn.Sequential(spec.sk(in_chs, in_chs, stride=spec.stride), spec.conv(in_chs, half, 1))
+        self.conv1 = spec.conv(in_chs if spec.project else half, spec.mid_chs, 1)
+        self.sk = spec.sk(spec.mid_chs, spec.mid_chs, stride=spec.stride)
+        self.conv3 = spec.conv(spec.mid_chs, half, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shortcut is not None:
@@ -223,18 +214,18 @@ class SKNet(nn.Module):
     """
 
     def __init__(
-            self,
-            cfg: SKNetCfg,
-            num_classes: int = 1000,
-            in_chans: int = 3,
-            global_pool: str = 'avg',
-            output_stride: Optional[int] = None,
-            drop_rate: float = 0.0,
-            drop_path_rate: float = 0.0,
-            zero_init_last: bool = False,
-            device=None,
-            dtype=None,
-            **overrides: Any,
+        self,
+        cfg: SKNetCfg,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        output_stride: Optional[int] = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        zero_init_last: bool = False,
+        device=None,
+        dtype=None,
+        **overrides: Any,
     ):
         super().__init__()
         cfg = cfg.override(**overrides)
@@ -250,6 +241,7 @@ class SKNet(nn.Module):
 
         layers = dict(act_layer=cfg.act_layer, norm_layer=cfg.norm_layer, **dd)
         conv = partial(ConvNormAct, **layers)
+        sk = partial(SelectiveKernelConv, branches=cfg.branches, r=cfg.r, L=cfg.L, **layers)
         act = partial(create_act_layer, cfg.act_layer, inplace=True)
 
         width, kernel, stride = cfg.stem
@@ -268,25 +260,18 @@ class SKNet(nn.Module):
         for i, depth in enumerate(cfg.depths):
             units = []
             for j in range(depth):
-                units.append(UNITS[cfg.unit](
+                spec = UnitSpec(
                     width,
                     cfg.mid_widths[i],
                     cfg.widths[i],
-                    conv=conv,
-                    sk=partial(
-                        SelectiveKernelConv,
-                        branches=cfg.branches,
-                        dilation=dilation,
-                        r=cfg.r,
-                        L=cfg.L,
-                        attn_channels=cfg.attn_widths[i] if cfg.attn_widths else None,
-                        **layers,
-                    ),
-                    act=act,
                     stride=strides[i] if j == 0 else 1,
                     project=j == 0 and (cfg.strides[i] != 1 or width != cfg.widths[i]),
                     drop_path=next(drop_rates),
-                ))
+                    conv=conv,
+                    sk=partial(sk, dilation=dilation, attn_channels=cfg.attn_widths[i] if cfg.attn_widths else None),
+                    act=act,
+                )
+                units.append(UNITS[cfg.unit](spec))
                 width = cfg.widths[i]
                 dilation = dilations[i]  # after the unit whose stride it stands for
             reduction *= strides[i]
@@ -306,10 +291,12 @@ class SKNet(nn.Module):
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
 
-        for m in self.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.momentum = m.momentum if cfg.bn_momentum is None else cfg.bn_momentum
-                m.eps = m.eps if cfg.bn_eps is None else cfg.bn_eps
+        batch_norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for name, value in ('momentum', cfg.bn_momentum), ('eps', cfg.bn_eps):
+            if value is not None and not batch_norms:
+                raise ValueError(f'bn_{name}={value} has no batch norm to act on: norm_layer is {cfg.norm_layer!r}.')
+            for m in batch_norms:
+                setattr(m, name, value if value is not None else getattr(m, name))
         self.init_weights(cfg.init, zero_init_last)
 
     @torch.jit.ignore
@@ -319,8 +306,8 @@ class SKNet(nn.Module):
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode=init, nonlinearity='relu')
         if init == 'fan_in':
-            small = [m for attn in self.modules() if isinstance(attn, SelectiveKernelAttn) for m in (attn.fc1, attn.fc2)]
-            for m in [*small, self.head.fc]:
+            attention = [m for m in self.modules() if isinstance(m, SelectiveKernelAttn)]
+            for m in [*(fc for attn in attention for fc in (attn.fc1, attn.fc2)), self.head.fc]:
                 if hasattr(m, 'weight'):
                     nn.init.normal_(m.weight, std=0.01)
             if getattr(self.head.fc, 'bias', None) is not None:
@@ -336,7 +323,9 @@ class SKNet(nn.Module):
         """Groups parameters by depth, for timm's layer-wise learning rates."""
         return dict(
             stem=r'^stem',
-            blocks=r'^stages\.(\d+)' if coarse else [
+            blocks=r'^stages\.(\d+)'
+            if coarse
+            else [
                 (r'^stages\.(\d+)\.(\d+)', None),
                 (r'^conv_head', (99999,)),
             ],
@@ -364,13 +353,13 @@ class SKNet(nn.Module):
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
+        self,
+        x: Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
         """Returns the maps named in `feature_info`, and the last features unless `intermediates_only`.
 
@@ -399,19 +388,19 @@ class SKNet(nn.Module):
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
+        self,
+        indices: Union[int, List[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
     ) -> List[int]:
         """Removes what the maps at `indices` do not need; returns their positions in `feature_info`."""
         take, last = feature_take_indices(len(self.feature_info), indices)
         names = [name for name, _ in self._steps()]
         last_name = self.feature_info[last]['module']
-        pruned = names[names.index(last_name) + 1:]
+        pruned = names[names.index(last_name) + 1 :]
         if 'pool' in pruned:
             self.pool = nn.Identity()
-        self.stages = self.stages[:len(self.stages) - sum(name.startswith('stages') for name in pruned)]
+        self.stages = self.stages[: len(self.stages) - sum(name.startswith('stages') for name in pruned)]
         if prune_head or pruned:
             self.conv_head = nn.Identity()
             self.num_features = self.head.in_features = self.feature_info[last]['num_chs']
@@ -474,9 +463,9 @@ def dilate(strides: Sequence[int], reduction: int, output_stride: Optional[int])
     Raises:
         ValueError: Where the stages cannot end at that ratio.
     """
-    reachable = [reduction * s for s in torch.tensor(strides, device='cpu').cumprod(0).tolist()]
+    reachable = [reduction * math.prod(strides[: i + 1]) for i in range(len(strides))]
     if output_stride is not None and output_stride not in reachable:
-        raise ValueError(f'output_stride must be one of {sorted(set(reachable))} for this network, got {output_stride}.')
+        raise ValueError(f'output_stride must be one of {reachable} for this network, got {output_stride}.')
     dilations, kept, dilation = [], [], 1
     for stride, reached in zip(strides, reachable):
         if output_stride is not None and reached > output_stride:

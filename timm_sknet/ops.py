@@ -3,6 +3,7 @@
 No parameters live here. The branches stay separate tensors: they are never stacked, so the memory format of the
 convolutions' outputs (`torch.channels_last` too) is the memory format of the result.
 """
+
 from typing import List
 
 import torch

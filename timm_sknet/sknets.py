@@ -2,6 +2,7 @@
 
 Facts stand here once; the command line, the README's table and the tests read them from here.
 """
+
 import warnings
 from pathlib import Path
 from typing import Any, Dict
@@ -19,11 +20,19 @@ from timm.models import (
 from timm_sknet.network import SKNet, SKNetCfg, native_keys
 
 _SHUFFLENET = dict(
-    unit='shuffle', depths=(4, 8, 4), strides=(2, 2, 2), stem=(24, 3, 2), head_width=1024,
+    unit='shuffle',
+    depths=(4, 8, 4),
+    strides=(2, 2, 2),
+    stem=(24, 3, 2),
+    head_width=1024,
     branches=((3, 1, 0), (3, 2, 0)),
 )
 _SK_RESNET = dict(
-    mid_widths=(64, 128, 256, 512), branches=((3, 1, 1), (3, 1, 32)), L=0, bn_momentum=0.1, init='fan_out',
+    mid_widths=(64, 128, 256, 512),
+    branches=((3, 1, 1), (3, 1, 32)),
+    L=0,
+    bn_momentum=0.1,
+    init='fan_out',
 )
 
 model_cfgs = dict(
@@ -32,12 +41,26 @@ model_cfgs = dict(
     sknet101=SKNetCfg(depths=(3, 4, 23, 3)),
     sknet50_m3=SKNetCfg(branches=((3, 1, 32), (3, 2, 32), (3, 3, 32))),
     sknet29_16x32d=SKNetCfg(
-        depths=(3, 3, 3), mid_widths=(512, 1024, 2048), widths=(256, 512, 1024), strides=(1, 2, 2),
-        stem=(64, 3, 1), stem_pool='', branches=((1, 1, 16), (3, 1, 16)), r=32, L=16,
+        depths=(3, 3, 3),
+        mid_widths=(512, 1024, 2048),
+        widths=(256, 512, 1024),
+        strides=(1, 2, 2),
+        stem=(64, 3, 1),
+        stem_pool='',
+        branches=((1, 1, 16), (3, 1, 16)),
+        r=32,
+        L=16,
     ),
     sknet12=SKNetCfg(
-        unit='basic', depths=(1, 2, 2), mid_widths=(16, 32, 96), widths=(16, 32, 96), strides=(1, 2, 2),
-        stem=(16, 3, 1), stem_pool='', branches=((3, 1, 1), (3, 2, 1)), L=16,
+        unit='basic',
+        depths=(1, 2, 2),
+        mid_widths=(16, 32, 96),
+        widths=(16, 32, 96),
+        strides=(1, 2, 2),
+        stem=(16, 3, 1),
+        stem_pool='',
+        branches=((3, 1, 1), (3, 2, 1)),
+        L=16,
     ),
     sk_shufflenetv2_x0_5=SKNetCfg(**_SHUFFLENET, mid_widths=(24, 48, 96), widths=(48, 96, 192)),
     sk_shufflenetv2_x1_0=SKNetCfg(**_SHUFFLENET, mid_widths=(58, 116, 232), widths=(116, 232, 464)),
@@ -62,68 +85,62 @@ published_weights = {  # by whoever published the weights
 measured = {}  # by us, with timm's validate.py: the README has the commands
 
 
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
-    return dict(
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(7, 7),
-        crop_pct=0.875,
-        interpolation='bilinear',
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv='stem.conv',
-        classifier='head.fc',
-        license='apache-2.0',
-        paper_ids='arXiv:1903.06586',
-        paper_name='Selective Kernel Networks',
-    ) | kwargs
-
-
-def _cifar10(**kwargs: Any) -> Dict[str, Any]:
-    return _cfg(
-        num_classes=10,
-        label_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
-        input_size=(3, 32, 32),
-        pool_size=(8, 8),
-        crop_pct=1.0,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-    ) | kwargs
-
-
 _CAFFE = 'https://github.com/implus/SKNet'
 _PYTORCH = 'https://github.com/implus/PytorchInsight'
+_IMAGENET = dict(
+    num_classes=1000,
+    input_size=(3, 224, 224),
+    pool_size=(7, 7),
+    crop_pct=0.875,
+    interpolation='bilinear',
+    mean=IMAGENET_DEFAULT_MEAN,
+    std=IMAGENET_DEFAULT_STD,
+    first_conv='stem.conv',
+    classifier='head.fc',
+    license='apache-2.0',
+    origin_url=_CAFFE,
+    paper_ids='arXiv:1903.06586',
+    paper_name='Selective Kernel Networks',
+)
+_CIFAR10 = _IMAGENET | dict(
+    num_classes=10,
+    label_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
+    input_size=(3, 32, 32),
+    pool_size=(8, 8),
+    crop_pct=1.0,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+)
 
 
-def _untrained(cfg: Dict[str, Any], description: str, origin_url: str = _CAFFE) -> Dict[str, Any]:
+def _untrained(description: str, cfg: Dict[str, Any] = _IMAGENET, **kwargs: Any) -> Dict[str, Any]:
     notes = ('There are no public weights that timm could load; the licence is that of our code.',)
-    return cfg | dict(description=description, origin_url=origin_url, notes=notes)
+    return cfg | dict(description=description, notes=notes) | kwargs
 
 
 default_cfgs = generate_default_cfgs({
-    'sknet26.untrained': _untrained(_cfg(), 'SKNet-26 of the paper.'),
-    'sknet50.ra_in1k': _cfg(
+    'sknet26.untrained': _untrained('SKNet-26 of the paper.'),
+    'sknet50.ra_in1k': _IMAGENET | dict(
         hf_hub_id='timm/skresnext50_32x4d.ra_in1k',
         hf_hub_filename='model.safetensors',
         interpolation='bicubic',
         origin_url='https://github.com/huggingface/pytorch-image-models',
-        description="SKNet-50, trained on ImageNet-1k by timm's author with RandAugment as timm's skresnext50_32x4d.",
+        description="SKNet-50, trained on ImageNet-1k with RandAugment as timm's skresnext50_32x4d.",
         notes=('Weights by Ross Wightman, Apache-2.0, downloaded from timm/skresnext50_32x4d.ra_in1k and renamed.',),
     ),
-    'sknet101.untrained': _untrained(_cfg(), 'SKNet-101 of the paper.'),
-    'sknet50_m3.untrained': _untrained(_cfg(), 'SKNet-50 with a third branch, dilation 3, of the paper.'),
-    'sknet29_16x32d.untrained': _untrained(_cifar10(), 'SKNet-29 of the paper, for CIFAR.'),
-    'sknet12.cifar10': _cifar10(
+    'sknet101.untrained': _untrained('SKNet-101 of the paper.'),
+    'sknet50_m3.untrained': _untrained('SKNet-50 of the paper with a third branch, dilation 3.'),
+    'sknet29_16x32d.untrained': _untrained('SKNet-29 of the paper, for CIFAR.', _CIFAR10),
+    'sknet12.cifar10': _CIFAR10 | dict(
         file=str(Path(__file__).parent / 'weights' / 'sknet12.cifar10.safetensors'),
-        origin_url=_CAFFE,
         description='A small SKNet of basic blocks, trained on CIFAR-10 and shipped in the package.',
         notes=("Weights by the authors of timm_sknet, Apache-2.0, trained with timm's train.py.",),
     ),
-    'sk_shufflenetv2_x0_5.untrained': _untrained(_cfg(), 'ShuffleNetV2 0.5x with SK convolutions, our reading.'),
-    'sk_shufflenetv2_x1_0.untrained': _untrained(_cfg(), 'ShuffleNetV2 1.0x with SK convolutions, our reading.'),
-    'sk_resnet50.untrained': _untrained(_cfg(), "SK-ResNet-50*, the authors' PyTorch variant.", _PYTORCH),
-    'sk_resnet101.untrained': _untrained(_cfg(), "SK-ResNet-101*, the authors' PyTorch variant.", _PYTORCH),
-})
+    'sk_shufflenetv2_x0_5.untrained': _untrained('ShuffleNetV2 0.5x with SK convolutions, our reading of the paper.'),
+    'sk_shufflenetv2_x1_0.untrained': _untrained('ShuffleNetV2 1.0x with SK convolutions, our reading of the paper.'),
+    'sk_resnet50.untrained': _untrained("SK-ResNet-50*, the authors' PyTorch variant.", origin_url=_PYTORCH),
+    'sk_resnet101.untrained': _untrained("SK-ResNet-101*, the authors' PyTorch variant.", origin_url=_PYTORCH),
+})  # fmt: skip
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
@@ -151,15 +168,15 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
 _replaced = [f'{model_entrypoint(name).__module__}.{name}' for name in model_cfgs if is_model(name)]
 if _replaced:
     warnings.warn(
-        f"timm_sknet has replaced {', '.join(_replaced)} in timm's registry: create_model() makes timm_sknet's model of "
-        'that name. For the other, set TIMM_SKNET_AUTOLOAD=0 and do not import timm_sknet.'
+        f"timm_sknet has replaced {', '.join(_replaced)} in timm's registry: create_model() makes "
+        "timm_sknet's model of that name. For the other, set TIMM_SKNET_AUTOLOAD=0 and do not import timm_sknet."
     )
     warnings.filterwarnings('ignore', 'Overwriting', module=__name__)  # timm's own warning, one for each name
 
 
 @register_model
 def sknet26(pretrained: bool = False, **kwargs: Any) -> SKNet:
-    """SKNet-26: 2, 2, 2, 2 units (paper, figure 4)."""
+    """SKNet-26: 2, 2, 2, 2 units (paper, in a figure of section 4.1)."""
     return _create('sknet26', pretrained, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Checks the archives in dist/: valid metadata, every file of the repository in the sdist, of the package in the wheel."""
+"""Checks the archives in dist/: valid metadata, every file of the repository or of the package in them."""
 
 import subprocess
 import sys
