@@ -25,6 +25,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = args.out.with_suffix('.unfinished')
     save_file(state, unfinished)
+    unfinished.chmod(0o644)  # safetensors keeps what it writes to its owner
     os.replace(unfinished, args.out)
     print(f'{args.out}: {len(state)} tensors, {args.out.stat().st_size:,} bytes')
 
