@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Literal, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.layers import (
@@ -65,7 +65,7 @@ class SKNetCfg:
     norm_layer: LayerType = 'batchnorm2d'
     bn_momentum: Optional[float] = 0.05
     bn_eps: Optional[float] = 1e-5
-    init: str = 'fan_in'
+    init: Literal['fan_in', 'fan_out'] = 'fan_in'
 
     def __post_init__(self):
         stages = len(self.depths)
@@ -98,8 +98,8 @@ class UnitSpec(NamedTuple):
     stride: int
     project: bool  # where width or size changes, and the shortcut must too
     drop_path: float
-    conv: Callable[..., nn.Module]
-    sk: Callable[..., nn.Module]
+    conv: Callable[..., Any]
+    sk: Callable[..., Any]
     act: Callable[[], nn.Module]
 
 
@@ -108,14 +108,21 @@ class ResidualUnit(nn.Module):
 
     def __init__(self, spec: UnitSpec):
         super().__init__()
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if spec.project:
             self.shortcut = spec.conv(spec.in_chs, spec.out_chs, 1, stride=spec.stride, apply_act=False)
         self.drop_path = DropPath(spec.drop_path) if spec.drop_path else nn.Identity()
         self.act = spec.act()
 
+    def residual(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.drop_path(self.residual(x)) + self.shortcut(x))
+
+    def zero_init_last(self) -> None:
+        """Starts the unit as the identity."""
+        raise NotImplementedError
 
 
 class Bottleneck(ResidualUnit):
@@ -130,6 +137,9 @@ class Bottleneck(ResidualUnit):
     def residual(self, x: Tensor) -> Tensor:
         return self.conv3(self.sk(self.conv1(x)))
 
+    def zero_init_last(self) -> None:
+        nn.init.zeros_(self.conv3.bn.weight)
+
 
 class BasicBlock(ResidualUnit):
     """SK convolution -> 3x3, plus the shortcut: the two-layer unit of small ResNets with its first layer selective."""
@@ -141,6 +151,9 @@ class BasicBlock(ResidualUnit):
 
     def residual(self, x: Tensor) -> Tensor:
         return self.conv2(self.sk(x))
+
+    def zero_init_last(self) -> None:
+        nn.init.zeros_(self.conv2.bn.weight)
 
 
 class ShuffleUnit(nn.Module):
@@ -239,8 +252,8 @@ class SKNet(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
 
-        layers = dict(act_layer=cfg.act_layer, norm_layer=cfg.norm_layer, **dd)
-        conv = partial(ConvNormAct, **layers)
+        layers: Dict[str, Any] = dict(act_layer=cfg.act_layer, norm_layer=cfg.norm_layer, **dd)
+        conv: Callable[..., nn.Module] = partial(ConvNormAct, **layers)
         sk = partial(SelectiveKernelConv, branches=cfg.branches, r=cfg.r, L=cfg.L, **layers)
         act = partial(create_act_layer, cfg.act_layer, inplace=True)
 
@@ -254,7 +267,7 @@ class SKNet(nn.Module):
             taps.append(('pool', width, reduction))
 
         dilations, strides = dilate(cfg.strides, reduction, output_stride)
-        drop_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
+        drop_rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
         stages: List[nn.Module] = []
         dilation = 1
         for i, depth in enumerate(cfg.depths):
@@ -280,7 +293,7 @@ class SKNet(nn.Module):
         self.stages = nn.Sequential(*stages)
 
         # stem and pool are features of their own only where the next map is smaller
-        self.feature_info = [
+        self.feature_info: List[Dict[str, Any]] = [
             dict(module=name, num_chs=chs, reduction=red)
             for (name, chs, red), (_, _, next_red) in zip(taps, [*taps[1:], ('', 0, 0)])
             if name.startswith('stages') or red < next_red
@@ -300,7 +313,7 @@ class SKNet(nn.Module):
         self.init_weights(cfg.init, zero_init_last)
 
     @torch.jit.ignore
-    def init_weights(self, init: str, zero_init_last: bool = False) -> None:
+    def init_weights(self, init: Literal['fan_in', 'fan_out'], zero_init_last: bool = False) -> None:
         """Draws the weights as the authors do; see `SKNetCfg.init`."""
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -313,10 +326,9 @@ class SKNet(nn.Module):
             if getattr(self.head.fc, 'bias', None) is not None:
                 nn.init.zeros_(self.head.fc.bias)
         if zero_init_last:
-            for stage in self.stages:
-                for unit in stage:
-                    last = unit.conv3 if isinstance(unit, Bottleneck) else unit.conv2
-                    nn.init.zeros_(last.bn.weight)
+            for m in self.modules():
+                if isinstance(m, ResidualUnit):
+                    m.zero_init_last()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -334,8 +346,9 @@ class SKNet(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each unit in backward instead of keeping its activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for m in self.modules():
+            if isinstance(m, Stage):
+                m.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

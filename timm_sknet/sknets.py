@@ -4,6 +4,7 @@ Facts stand here once; the command line, the README's table and the tests read t
 """
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict
 
@@ -19,15 +20,17 @@ from timm.models import (
 
 from timm_sknet.network import SKNet, SKNetCfg, native_keys
 
-_SHUFFLENET = dict(
+_SHUFFLENET = SKNetCfg(
     unit='shuffle',
     depths=(4, 8, 4),
+    mid_widths=(24, 48, 96),
+    widths=(48, 96, 192),
     strides=(2, 2, 2),
     stem=(24, 3, 2),
     head_width=1024,
     branches=((3, 1, 0), (3, 2, 0)),
 )
-_SK_RESNET = dict(
+_SK_RESNET = SKNetCfg(
     mid_widths=(64, 128, 256, 512),
     branches=((3, 1, 1), (3, 1, 32)),
     L=0,
@@ -62,10 +65,10 @@ model_cfgs = dict(
         branches=((3, 1, 1), (3, 2, 1)),
         L=16,
     ),
-    sk_shufflenetv2_x0_5=SKNetCfg(**_SHUFFLENET, mid_widths=(24, 48, 96), widths=(48, 96, 192)),
-    sk_shufflenetv2_x1_0=SKNetCfg(**_SHUFFLENET, mid_widths=(58, 116, 232), widths=(116, 232, 464)),
-    sk_resnet50=SKNetCfg(**_SK_RESNET),
-    sk_resnet101=SKNetCfg(**_SK_RESNET, depths=(3, 4, 23, 3)),
+    sk_shufflenetv2_x0_5=_SHUFFLENET,
+    sk_shufflenetv2_x1_0=replace(_SHUFFLENET, mid_widths=(58, 116, 232), widths=(116, 232, 464)),
+    sk_resnet50=_SK_RESNET,
+    sk_resnet101=replace(_SK_RESNET, depths=(3, 4, 23, 3)),
 )
 
 # Top-1 accuracy in %, at the input size of the default cfg.
