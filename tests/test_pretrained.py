@@ -16,7 +16,7 @@ from timm_sknet.sknets import default_cfgs
 
 @pytest.fixture
 def images():
-    return torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 def distance(a, b):
