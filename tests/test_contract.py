@@ -20,7 +20,7 @@ CLASSES = ('cat', 'dog', 'frog')
 CPU = ('--device', 'cpu')
 ANY_PROCESS = """
 import sys
-import timm, torch
+import timm, timm.optim, torch
 assert 'timm_sknet' in sys.modules and sys.argv[1:] == [], 'the entry point registers'
 model = timm.create_model('sknet12', num_classes=3)
 optimizer = timm.optim.create_optimizer_v2(model, opt='sgd', lr=0.01)

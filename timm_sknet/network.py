@@ -13,7 +13,6 @@ from timm.layers import (
     DropPath,
     calculate_drop_path_rates,
     create_act_layer,
-    get_device_dtype,
 )
 from timm.layers.typing import LayerType
 from timm.models import checkpoint_seq
@@ -248,7 +247,6 @@ class SKNet(nn.Module):
                 f'zero_init_last={zero_init_last}: leave both out.'
             )
         dd = {'device': device, 'dtype': dtype}
-        self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
 
@@ -301,8 +299,8 @@ class SKNet(nn.Module):
 
         self.num_features = cfg.head_width or width
         self.conv_head = conv(width, cfg.head_width, 1) if cfg.head_width else nn.Identity()
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
+        self.head: ClassifierHead
+        self.reset_classifier(num_classes, global_pool, **dd)
 
         batch_norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for name, value in ('momentum', cfg.bn_momentum), ('eps', cfg.bn_eps):
@@ -361,9 +359,17 @@ class SKNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None, device=None, dtype=None) -> None:
         """Replaces the classifier, and the pooling unless `global_pool` is None."""
+        parameter = next(self.parameters())
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self, device=device, dtype=dtype))
-        self.head_hidden_size = self.head.num_features
+        self.head = ClassifierHead(
+            self.num_features,
+            num_classes,
+            pool_type=self.head.global_pool.pool_type if global_pool is None else global_pool,
+            drop_rate=self.drop_rate,
+            device=parameter.device if device is None else device,
+            dtype=parameter.dtype if dtype is None else dtype,
+        ).train(self.training)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
         self,
@@ -416,7 +422,7 @@ class SKNet(nn.Module):
         self.stages = self.stages[: len(self.stages) - sum(name.startswith('stages') for name in pruned)]
         if prune_head or pruned:
             self.conv_head = nn.Identity()
-            self.num_features = self.head.in_features = self.feature_info[last]['num_chs']
+            self.num_features = self.feature_info[last]['num_chs']
             self.reset_classifier(0, '')
         return take
 
