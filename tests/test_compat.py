@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
+
+from hub import hub
 
 TESTS = Path(__file__).parent
 CACHE = TESTS.parent / '.cache' / 'timm'
@@ -21,11 +22,11 @@ def python(tmp_path):
     """Runs a Python that imports the oldest timm; returns what it prints."""
     assert (CACHE / 'oldest').is_dir(), f'{CACHE / "oldest"} is missing: `make test` installs timm {OLDEST} there'
 
-    def run(*args, cwd=tmp_path):
+    def run(*args, cwd=tmp_path, **env):
         done = subprocess.run(
             [sys.executable, *map(str, args)],
             cwd=cwd,
-            env={**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (CACHE / 'oldest', TESTS)))},
+            env={**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (CACHE / 'oldest', TESTS))), **env},
             capture_output=True,
             text=True,
         )
@@ -43,21 +44,17 @@ def test_main_job(python):
     assert 'horse.jpg' in python('-m', 'timm_sknet', 'predict')
 
 
-def test_pretrained_mapping(python, theirs, tmp_path):
-    save_file(theirs.state_dict(), tmp_path / 'theirs.safetensors')
-    python(
-        '-c',
-        """
+def test_pretrained_mapping(python, repo, tmp_path):
+    script = """
 import timm, torch
-theirs = timm.create_model('skresnext50_32x4d', checkpoint_path='theirs.safetensors').eval()
-overlay = dict(file='theirs.safetensors')
-ours = timm.create_model('sknet50', pretrained=True, pretrained_cfg_overlay=overlay).eval()
+theirs, ours = (timm.create_model(name, pretrained=True).eval() for name in ('skresnext50_32x4d', 'sknet50'))
 x = torch.randn(2, 3, 64, 64)
 with torch.no_grad():
     expected, logits = theirs(x), ours(x)
 assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-""",
-    )
+"""
+    with hub(repo) as address:
+        python('-c', script, HF_ENDPOINT=address, HF_HOME=str(tmp_path / 'cache'), HF_HUB_OFFLINE='0')
 
 
 def test_that_releases_own_tests_on_two_models(python):
