@@ -33,7 +33,7 @@ dist: .venv/installed-tests
 	.venv/bin/python tools/check_archives.py
 	tools/try_wheel.sh $(PYTHON) -c constraints.txt
 
-# What pyproject.toml promises, of which `make test` runs only one combination; takes about an hour.
+# What pyproject.toml promises, of which `make test` runs only one combination.
 compat: dist
 	TESTS=1 tools/try_wheel.sh python3.11 torch==$(OLDEST_TORCH).* timm==$(OLDEST_TIMM)
 	TESTS=1 tools/try_wheel.sh python3.12 -c constraints.txt

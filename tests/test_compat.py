@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from hub import hub
 
 TESTS = Path(__file__).parent

@@ -42,9 +42,16 @@ def test_timms_tests_pass_on_every_model(repo, tmp_path):
     report = tmp_path / 'report.xml'
     with hub(repo) as address:
         run = subprocess.run(
-            [sys.executable, '-m', 'pytest', '-p', 'timm_suite', 'tests/test_models.py', '-q', f'--junitxml={report}'],
+            [sys.executable, *'-m pytest -p timm_suite tests/test_models.py -q -n 2'.split(), f'--junitxml={report}'],
             cwd=SUITE,
-            env={**os.environ, 'PYTHONPATH': str(TESTS), 'HF_ENDPOINT': address, 'HF_HOME': str(tmp_path / 'cache')},
+            env={
+                **os.environ,
+                'PYTHONPATH': str(TESTS),
+                'OMP_NUM_THREADS': '1',
+                'HF_ENDPOINT': address,
+                'HF_HOME': str(tmp_path / 'cache'),
+                'HF_HUB_OFFLINE': '0',
+            },
             capture_output=True,
             text=True,
         )
