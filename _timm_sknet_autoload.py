@@ -21,7 +21,8 @@ def autoload() -> None:
     try:
         if find_spec('timm') is None:
             raise ModuleNotFoundError("No module named 'timm'")
-        sys.meta_path.insert(0, _PostImportHook())
+        if not any(isinstance(finder, _PostImportHook) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _PostImportHook())
     except Exception as error:
         _warn(error)
 
@@ -34,10 +35,11 @@ class _PostImportHook:
     """
 
     def find_spec(self, fullname: str, path: Any = None, target: Optional[ModuleType] = None) -> Optional[ModuleSpec]:
-        if fullname != 'timm.models':
+        if fullname != 'timm.models' or self not in sys.meta_path:
             return None
         behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in behind)), None)
+        others = [finder for finder in behind if hasattr(finder, 'find_spec')]
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         try:
             if spec is not None and spec.loader is not None:
                 execute = spec.loader.exec_module

@@ -294,3 +294,21 @@ def test_the_table_of_models_is_printed_and_stands_in_the_readme(capsys, monkeyp
     assert code == 0
     readme = Path(__file__).parents[1] / 'README.md'
     assert out in readme.read_text(), 'replace the table by the output of `timm-sknet models --markdown`'
+
+
+def test_sixteen_bit_images_are_refused_and_not_misread(capsys, model, tmp_path):
+    Image.new('I;16', (40, 40), 30000).save(tmp_path / 'deep.png')
+    code, out, err = run(capsys, 'predict', tmp_path / 'deep.png', '--model', model)
+    assert code == 2 and not out and 'deep.png' in err and '8 bits' in err and err.count('\n') == 1
+
+
+def test_a_model_for_other_than_colour_or_grey_images_ends_in_one_line(capsys, tmp_path):
+    timm.models.save_for_hf(timm.create_model('sknet12', in_chans=4), tmp_path)
+    code, out, err = run(capsys, 'predict', '--model', f'local-dir:{tmp_path}')
+    assert code == 2 and not out and '4 channels' in err and err.count('\n') == 1
+
+
+def test_a_model_that_fails_on_the_images_ends_in_one_line(capsys, monkeypatch, model):
+    monkeypatch.setattr('timm_sknet.network.SKNet.forward', lambda self, x: 1 / 0)
+    code, out, err = run(capsys, 'predict', '--model', model)
+    assert code == 2 and not out and 'ZeroDivisionError' in err and err.count('\n') == 1

@@ -208,6 +208,7 @@ def test_activation_and_norm_reach_branches_and_attention(act, norm):
         (dict(branches=[]), 'at least one'),
         (dict(branches=[3, 5]), r'\[3, 5\]'),
         (dict(branches='abc'), 'abc'),
+        (dict(branches=[[3.5, 1, 2]]), '3.5'),
         (dict(branches=[[3, 1]]), r'\[\[3, 1\]\]'),
         (dict(branches=[[4, 1, 2]]), r'odd kernel size.*\[4, 1, 2\]'),
         (dict(branches=[[3, 0, 2]]), r'dilation.*\[3, 0, 2\]'),

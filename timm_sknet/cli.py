@@ -103,7 +103,15 @@ def _predict(args: argparse.Namespace) -> int:
     found = []
     # None: only on a terminal
     bar = tqdm(total=len(files), unit='image', leave=False, disable=None if len(files) > BATCH_SIZE else True)
-    for file, predictions in classify(model, files, args.topk):
+    results = classify(model, files, args.topk)
+    while True:
+        try:
+            file, predictions = next(results)
+        except StopIteration:
+            break
+        except Exception as e:  # a model of others may refuse what its own cfg asks for
+            _complain(f'Model {args.model!r} failed on the images: {e!r}')
+            return 2
         bar.update()
         name = str(file).encode(errors='backslashreplace').decode()  # names can hold bytes that are no text
         if isinstance(predictions, ValueError):

@@ -1,5 +1,6 @@
 """The SK convolution as a layer: the modules that own the parameters (paper, section 3.1)."""
 
+import operator
 from typing import Optional, Sequence, Tuple
 
 import torch
@@ -26,7 +27,8 @@ def _check_batch(s: Tensor) -> None:
 class SelectiveKernelAttn(nn.Module):
     """Attention over the branches: z = act(norm(W s)), a = softmax(A z) (equations 3 and 5).
 
-    Its output is all that a tool needs to see what a running model selects: a forward hook on this module gets a.
+    Its output is all that a tool needs to see what a running model selects: a forward hook on this module gets a. Where
+    the model is compiled, register it before the first call: torch leaves later hooks out of the graph.
 
     Args:
         channels: Number of channels C.
@@ -161,7 +163,7 @@ def check_branches(branches: Sequence[Branch], in_channels: int, out_channels: i
     """
     form = 'a sequence of (kernel size, dilation, groups), such as [[3, 1, 32], [3, 2, 32]]'
     try:
-        triples = [tuple(int(v) for v in (k, D, G)) for k, D, G in branches]
+        triples = [tuple(operator.index(v) for v in (k, D, G)) for k, D, G in branches]
     except (TypeError, ValueError):
         raise ValueError(f'branches must be {form}, got {branches!r}.') from None
     if not triples:

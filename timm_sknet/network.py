@@ -306,8 +306,8 @@ class SKNet(nn.Module):
         for name, value in ('momentum', cfg.bn_momentum), ('eps', cfg.bn_eps):
             if value is not None and not batch_norms:
                 raise ValueError(f'bn_{name}={value} has no batch norm to act on: norm_layer is {cfg.norm_layer!r}.')
-            for m in batch_norms:
-                setattr(m, name, value if value is not None else getattr(m, name))
+            for m in batch_norms if value is not None else ():
+                setattr(m, name, value)
         self.init_weights(cfg.init, zero_init_last)
 
     @torch.jit.ignore

@@ -66,6 +66,9 @@ def load_model(name: str) -> nn.Module:
         raise RuntimeError(f'Model {name!r} cannot be loaded: {reason}.{hint}') from e
     if not model.num_classes:
         raise ValueError(f'Model {name!r} has no classes to predict, it gives features. Choose a classifier.')
+    channels = resolve_data_config({}, model=model)['input_size'][0]
+    if channels not in (1, 3):
+        raise ValueError(f'Model {name!r} takes images of {channels} channels. Choose one for 3 (colour) or 1 (grey).')
     return model.eval()
 
 
@@ -75,7 +78,8 @@ def class_names(model: nn.Module) -> List[str]:
     num_classes: Any = model.num_classes
     names, subset = cfg.get('label_names'), infer_imagenet_subset(model)
     if names:
-        descriptions = cfg.get('label_descriptions') or {}
+        descriptions = cfg.get('label_descriptions')
+        descriptions = descriptions if isinstance(descriptions, dict) else {}
         names = [descriptions.get(n, n) for n in (names.values() if isinstance(names, dict) else names)]
     elif subset:
         names = ImageNetInfo(subset).label_descriptions()
@@ -87,11 +91,15 @@ def class_names(model: nn.Module) -> List[str]:
 def read_image(file: Path, mode: str = 'RGB') -> Image.Image:
     """Returns the whole image, decoded as timm's readers do: by Pillow, converted to `mode`, not turned by EXIF.
 
+    Images of more than 8 bits a channel are refused, because Pillow's conversion turns most of their pixels white.
+
     Raises:
         ValueError: For whatever is wrong with the file, which the text names.
     """
     try:
         with Image.open(file) as image:
+            if image.mode.startswith(('I', 'F')):
+                raise ValueError(f'{image.mode} pixels, more than 8 bits a channel. Convert it to 8 bits first.')
             return image.convert(mode)
     except UnidentifiedImageError as e:
         raise ValueError(f'{file}: not an image, or in no format that Pillow reads.') from e
@@ -126,6 +134,8 @@ def classify(
                 batch.append((file, transform(read_image(file, mode))))
             except ValueError as e:
                 yield file, e
+            except Exception as e:  # such as no memory for an image of extreme proportions
+                yield file, ValueError(f'{file}: cannot be preprocessed: {e!r}')
         if batch:
             with torch.inference_mode():
                 probabilities = model(torch.stack([x for _, x in batch])).float().softmax(-1)

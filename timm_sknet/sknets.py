@@ -137,6 +137,7 @@ default_cfgs = generate_default_cfgs({
     'sknet50_m3.untrained': _untrained('SKNet-50 of the paper with a third branch, dilation 3.'),
     'sknet29_16x32d.untrained': _untrained('SKNet-29 of the paper, for CIFAR.', _CIFAR10),
     'sknet12.cifar10': _CIFAR10 | dict(
+        origin_url='https://arxiv.org/abs/1903.06586',  # the paper: the network and its weights are ours
         file=str(Path(__file__).parent / 'weights' / 'sknet12.cifar10.safetensors'),
         description='A small SKNet of basic blocks, trained on CIFAR-10 and shipped in the package.',
         notes=("Weights by the authors of timm_sknet, Apache-2.0, trained with timm's train.py.",),
