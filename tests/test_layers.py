@@ -265,17 +265,17 @@ def test_script_trace_and_export_agree_with_eager(branches):
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
 def test_compiled_layer_is_one_graph_and_shows_its_attention(training):
     torch._dynamo.reset()
-    layer = randomize(SelectiveKernelConv(16, branches=BRANCHES['M=2, paper'])).train(training)
+    layer = randomize(SelectiveKernelConv(16, branches=BRANCHES['M=2, paper'])).double().train(training)
     seen = []
     layer.attn.register_forward_hook(lambda module, args, a: seen.append(a.detach()))
-    x = torch.randn(2, 16, 8, 8)
+    x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
     state = {key: value.clone() for key, value in layer.state_dict().items()}
     expected = layer(x)
     layer.load_state_dict(state)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), expected)
     torch.testing.assert_close(seen[1], seen[0])
     assert seen[1].shape == (2, 2, 16)
-    torch.testing.assert_close(seen[1].sum(1), torch.ones(2, 16))
+    torch.testing.assert_close(seen[1].sum(1), torch.ones(2, 16, dtype=torch.float64))
 
 
 def test_attention_is_a_public_module_of_its_own():
