@@ -308,10 +308,10 @@ class SKNet(nn.Module):
                 raise ValueError(f'bn_{name}={value} has no batch norm to act on: norm_layer is {cfg.norm_layer!r}.')
             for m in batch_norms if value is not None else ():
                 setattr(m, name, value)
-        self.init_weights(cfg.init, zero_init_last)
+        self._init_weights(cfg.init, zero_init_last)
 
     @torch.jit.ignore
-    def init_weights(self, init: Literal['fan_in', 'fan_out'], zero_init_last: bool = False) -> None:
+    def _init_weights(self, init: Literal['fan_in', 'fan_out'], zero_init_last: bool = False) -> None:
         """Draws the weights as the authors do; see `SKNetCfg.init`."""
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
