@@ -289,7 +289,8 @@ def test_the_table_of_models_is_printed_and_stands_in_the_readme(capsys, monkeyp
     monkeypatch.setattr('timm_sknet.table.model_table', lambda: rows)  # it takes seconds
     code, out, _ = run(capsys, 'models')
     assert code == 0
-    assert re.search(r'^sknet50 +27,479,784 +4.463 +224x224 +79.21 +ra_in1k +80.168', out, re.MULTILINE)
+    figures = r'^sknet50 +27,479,784 +4.463 +224x224 +79.21 +ra_in1k +the Hub +apache-2.0 +80.168'
+    assert re.search(figures, out, re.MULTILINE)
     code, out, _ = run(capsys, 'models', '--markdown')
     assert code == 0
     readme = Path(__file__).parents[1] / 'README.md'

@@ -297,8 +297,9 @@ def test_layer_decay_groups_reach_every_parameter(name):
 def test_cfgs_say_whose_weights_and_which_licence(name):
     for tag in default_cfgs[name].tags:
         cfg = get_pretrained_cfg(f'{name}.{tag}')
-        for field in 'license', 'origin_url', 'paper_ids', 'paper_name', 'description', 'notes':
+        for field in 'origin_url', 'paper_ids', 'paper_name', 'description', 'notes':
             assert getattr(cfg, field), field
+        assert bool(cfg.license) == bool(cfg.has_weights)
         assert cfg.num_classes == (10 if name in CIFAR else 1000)
         assert len(cfg.label_names or ()) == (10 if name in CIFAR else 0)
 

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Optional, Sequence
 
 from timm_sknet import __version__
@@ -65,7 +66,58 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser('models', help='list the models', description='List the models and their figures.')
     models.set_defaults(run=_models)
     models.add_argument('--markdown', action='store_true', help="print the README's table")
+
+    convert = commands.add_parser(
+        'convert',
+        help="convert the authors' files and other weights",
+        description='Convert weights to a folder that timm, its scripts and transformers load.',
+        epilog='Exit code: 0 the folder is written, 2 it is not (one line on stderr says why).',
+    )
+    convert.set_defaults(run=_convert)
+    convert.add_argument(
+        'source',
+        metavar='SOURCE',
+        help="a .caffemodel or .pth.tar of the paper's authors, weights of timm's skresnext50_32x4d, a checkpoint of "
+        "timm's train.py, or ORG/NAME on the Hub; which, is seen from the content",
+    )
+    convert.add_argument('out', metavar='OUT', type=Path, help='the folder to write')
+    convert.add_argument('--arch', required=True, metavar='NAME', help='the model, such as sknet101')
+    convert.add_argument('--no-ema', action='store_true', help='do not take the averaged weights of a checkpoint')
+    convert.add_argument(
+        '--dtype',
+        choices=('float32', 'float16'),
+        default='float32',
+        help='of the file; batch norm statistics are float32 in any case (default: %(default)s)',
+    )
+    convert.add_argument(
+        '--num-classes',
+        type=_whole,
+        metavar='N',
+        help='classes that SOURCE must have, or 0 to leave its classifier out (default: as many as it has)',
+    )
+    convert.add_argument('--tag', default='', help='name of the weights behind that of the model')
+    convert.add_argument('--license', default='', help='licence of the weights; the model card says that you claim it')
+    convert.add_argument('--label-names', type=Path, metavar='FILE', help='text file, the name of a class on each line')
+    convert.add_argument('--force', action='store_true', help='replace a folder that an earlier conversion has written')
+
+    push = commands.add_parser(
+        'push',
+        help='upload a converted folder to the Hub',
+        description='Upload a folder that `timm-sknet convert` has written to the Hugging Face Hub.',
+        epilog='Exit code: 0 the Hub has it, 2 it has not (one line on stderr says why).',
+    )
+    push.set_defaults(run=_push)
+    push.add_argument('folder', metavar='FOLDER', type=Path)
+    push.add_argument('repo', metavar='ORG/NAME', help='the repository, made if there is none')
+    push.add_argument('--private', action='store_true', help='make a private repository')
+    push.add_argument('--revision', metavar='BRANCH', help='push to this branch, made if there is none (default: main)')
     return parser
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'must be a whole number from 0, got {text!r}')
+    return int(text)
 
 
 def _positive(text: str) -> int:
@@ -134,4 +186,41 @@ def _models(args: argparse.Namespace) -> int:
     from timm_sknet.table import format_table, model_table
 
     print(format_table(model_table(), markdown=args.markdown))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from safetensors import SafetensorError
+
+    from timm_sknet.convert import convert
+
+    try:
+        convert(
+            args.source,
+            args.out,
+            args.arch,
+            ema=not args.no_ema,
+            dtype=args.dtype,
+            num_classes=args.num_classes,
+            tag=args.tag,
+            license=args.license,
+            label_names=args.label_names,
+            force=args.force,
+        )
+    except (ValueError, OSError, SafetensorError, ImportError, MemoryError) as e:
+        _complain(' '.join(str(e).split()))
+        return 2
+    print(f'{args.out} is written. Load it with timm.create_model({f"local-dir:{args.out}"!r}, pretrained=True).')
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    from timm_sknet.push import push
+
+    try:
+        name = push(args.folder, args.repo, private=args.private, revision=args.revision)
+    except (ValueError, OSError) as e:
+        _complain(' '.join(str(e).split()))
+        return 2
+    print(f'The Hub has it. Load it with timm.create_model({name!r}, pretrained=True).')
     return 0

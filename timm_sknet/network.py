@@ -354,7 +354,7 @@ class SKNet(nn.Module):
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads our keys, and timm's for the same network: timm filters keys of pretrained weights only."""
+        """Loads our keys, and those of `FOREIGN_KEYS`: timm filters the keys of pretrained weights only."""
         return super().load_state_dict(native_keys(state_dict), strict=strict, assign=assign)
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None, device=None, dtype=None) -> None:
@@ -444,11 +444,9 @@ class SKNet(nn.Module):
         return self.forward_head(x)
 
 
-def native_keys(state_dict: Mapping[str, Tensor], model: Optional[nn.Module] = None) -> Mapping[str, Tensor]:
-    """Renames the keys of timm's `skresnext50_32x4d` to ours; other state dicts come back as they are."""
-    if not any('.conv2.paths.' in key for key in state_dict):
-        return state_dict
-    renames = (
+# Networks that are ours under other names: a part of a key that gives them away, and what their keys become.
+FOREIGN_KEYS: Dict[str, Sequence[Tuple[str, Union[str, Callable[[re.Match], str]]]]] = {
+    '.conv2.paths.': (  # timm's skresnext50_32x4d
         (r'^conv1\.', 'stem.conv.'),
         (r'^bn1\.', 'stem.bn.'),
         (r'^fc\.', 'head.fc.'),
@@ -459,10 +457,34 @@ def native_keys(state_dict: Mapping[str, Tensor], model: Optional[nn.Module] = N
         (r'\.conv2\.attn\.fc_select', '.sk.attn.fc2'),
         (r'\.downsample\.0', '.shortcut.conv'),
         (r'\.downsample\.1', '.shortcut.bn'),
-    )
+    ),
+    '.conv2g.': (  # the authors' sk_resnet50 and sk_resnet101 for PyTorch, a grouped convolution beside each dense one
+        (r'^conv1\.', 'stem.conv.'),
+        (r'^bn1\.', 'stem.bn.'),
+        (r'^fc\.', 'head.fc.'),
+        (r'^layer(\d)', lambda m: f'stages.{int(m[1]) - 1}'),
+        (r'(\.\d+\.conv[13])\.', r'\1.conv.'),
+        (r'(\.\d+)\.bn([13])\.', r'\1.conv\2.bn.'),
+        (r'\.conv2\.', '.sk.branches.0.conv.'),
+        (r'\.bn2\.', '.sk.branches.0.bn.'),
+        (r'\.conv2g\.', '.sk.branches.1.conv.'),
+        (r'\.bn2g\.', '.sk.branches.1.bn.'),
+        (r'\.conv_fc', '.sk.attn.fc'),
+        (r'\.bn_fc1\.', '.sk.attn.bn.'),
+        (r'\.downsample\.0', '.shortcut.conv'),
+        (r'\.downsample\.1', '.shortcut.bn'),
+    ),
+}
+
+
+def native_keys(state_dict: Mapping[str, Tensor], model: Optional[nn.Module] = None) -> Mapping[str, Tensor]:
+    """Renames the keys of networks that are ours under other names; other state dicts come back as they are."""
+    foreign = [part for part in FOREIGN_KEYS if any(part in key for key in state_dict)]
+    if not foreign:
+        return state_dict
     renamed = {}
     for key, value in state_dict.items():
-        for pattern, name in renames:
+        for pattern, name in FOREIGN_KEYS[foreign[0]]:
             key = re.sub(pattern, name, key)
         renamed[key] = value
     return renamed

@@ -5,8 +5,9 @@ Facts stand here once; the command line, the README's table and the tests read t
 
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, NamedTuple, Optional
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
@@ -18,6 +19,7 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 
+from timm_sknet.download import build_from_hub, check_weights, on_hub
 from timm_sknet.network import SKNet, SKNetCfg, native_keys
 
 _SHUFFLENET = SKNetCfg(
@@ -71,8 +73,9 @@ model_cfgs = dict(
     sk_resnet101=replace(_SK_RESNET, depths=(3, 4, 23, 3)),
 )
 
-# Top-1 accuracy in %, at the input size of the default cfg.
-published = dict(  # in the paper (tables 2, 4, 5, 7) and, for sk_resnet*, by its authors with their PyTorch code
+# Top-1 accuracy in % at the input size of the default cfg: in the paper (tables 2, 4, 5, 7) and, for sk_resnet*, by its
+# authors with their PyTorch code.
+published = dict(
     sknet50=79.21,
     sknet101=79.81,
     sknet50_m3=79.24,
@@ -82,16 +85,9 @@ published = dict(  # in the paper (tables 2, 4, 5, 7) and, for sk_resnet*, by it
     sk_resnet50=77.538,
     sk_resnet101=78.792,
 )
-published_weights = {  # by whoever published the weights
-    'sknet50.ra_in1k': 80.168,  # timm's results table
-}
-measured = {  # by us, with timm's validate.py; the README has the commands
-    'sknet12.cifar10': 91.74,
-}
 
-
-_CAFFE = 'https://github.com/implus/SKNet'
-_PYTORCH = 'https://github.com/implus/PytorchInsight'
+CAFFE = 'https://github.com/implus/SKNet'
+PYTORCH = 'https://github.com/implus/PytorchInsight'
 _IMAGENET = dict(
     num_classes=1000,
     input_size=(3, 224, 224),
@@ -102,11 +98,13 @@ _IMAGENET = dict(
     std=IMAGENET_DEFAULT_STD,
     first_conv='stem.conv',
     classifier='head.fc',
-    license='apache-2.0',
-    origin_url=_CAFFE,
+    origin_url=CAFFE,
     paper_ids='arXiv:1903.06586',
     paper_name='Selective Kernel Networks',
 )
+# What timm's pipeline must do to images in [0, 1] to give the authors' Caffe networks what they were trained on: pixels
+# of 0 to 255 less their mean. Crop and interpolation are our choice, the authors state none.
+CAFFE_INPUT = _IMAGENET | dict(mean=(123 / 255, 117 / 255, 104 / 255), std=(1 / 255, 1 / 255, 1 / 255))
 _CIFAR10 = _IMAGENET | dict(
     num_classes=10,
     label_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
@@ -118,57 +116,135 @@ _CIFAR10 = _IMAGENET | dict(
 )
 
 
-def _untrained(description: str, cfg: Dict[str, Any] = _IMAGENET, **kwargs: Any) -> Dict[str, Any]:
-    notes = ('There are no public weights that timm could load; the licence is that of our code.',)
-    return cfg | dict(description=description, notes=notes) | kwargs
+class Weights(NamedTuple):
+    """An entry of the table of pretrained weights; top-1 accuracies in % at the cfg's input size.
+
+    Attributes:
+        cfg: Fields of timm's `PretrainedCfg`: preprocessing, licence, and where the weights are.
+        dataset: What they were trained on, as the Hub names it.
+        args: Arguments of `create_model` that make the network they fit.
+        published: Accuracy published with the weights.
+        measured: Accuracy measured by us with timm's validate.py; the README has the commands.
+        file_url: Where the authors offer them, for weights that must be converted.
+    """
+
+    cfg: Dict[str, Any]
+    dataset: str = ''
+    args: Dict[str, Any] = {}
+    published: Optional[float] = None
+    measured: Optional[float] = None
+    file_url: str = ''
+
+    @property
+    def source(self) -> str:
+        """Where the weights are, in words; empty where there are none."""
+        if 'hf_hub_id' in self.cfg:
+            return 'the Hub'
+        if 'file' in self.cfg:
+            return 'the package'
+        return "authors' file" if self.file_url else ''
 
 
-default_cfgs = generate_default_cfgs({
+def _untrained(description: str, cfg: Dict[str, Any] = _IMAGENET) -> Weights:
+    notes = ('There are no public weights.',)
+    return Weights(cfg | dict(description=description, notes=notes))
+
+
+def _authors(model: str, url: str, cfg: Dict[str, Any] = _IMAGENET, **args: Any) -> Weights:
+    origin = CAFFE if cfg is CAFFE_INPUT else PYTORCH
+    return Weights(
+        cfg
+        | dict(
+            origin_url=origin,
+            description=f"{model}, trained on ImageNet-1k by the paper's authors.",
+            notes=('The weights are in a file on a drive of the authors, who state no licence.',),
+        ),
+        dataset='imagenet-1k',
+        args=args,
+        published=published[model],
+        file_url=url,
+    )
+
+
+_DRIVE = 'https://drive.google.com/file/d/'
+
+# The one table of weights: `model.tag`, the default of each model first. To add weights from the Hub, add an entry with
+# their `hf_hub_id`; the registry, `timm-sknet models`, the README's table and model cards are made from it.
+weights = {
     'sknet26.untrained': _untrained('SKNet-26 of the paper.'),
-    'sknet50.ra_in1k': _IMAGENET | dict(
-        hf_hub_id='timm/skresnext50_32x4d.ra_in1k',
-        hf_hub_filename='model.safetensors',
-        interpolation='bicubic',
-        origin_url='https://github.com/huggingface/pytorch-image-models',
-        description="SKNet-50, trained on ImageNet-1k with RandAugment as timm's skresnext50_32x4d.",
-        notes=('Weights by Ross Wightman, Apache-2.0, downloaded from timm/skresnext50_32x4d.ra_in1k and renamed.',),
+    'sknet50.ra_in1k': Weights(
+        _IMAGENET
+        | dict(
+            hf_hub_id='timm/skresnext50_32x4d.ra_in1k',
+            hf_hub_filename='model.safetensors',
+            interpolation='bicubic',
+            license='apache-2.0',
+            origin_url='https://github.com/huggingface/pytorch-image-models',
+            description="SKNet-50, trained on ImageNet-1k with RandAugment as timm's skresnext50_32x4d.",
+            notes=(
+                'Weights by Ross Wightman, Apache-2.0, downloaded from timm/skresnext50_32x4d.ra_in1k and renamed.',
+            ),
+        ),
+        dataset='imagenet-1k',
+        published=80.168,  # timm's results table
+    ),
+    'sknet50.authors_in1k': _authors(
+        'sknet50', _DRIVE + '1EKanqFkqoU3L6vgSLW3GjPciesZ2rrUH', CAFFE_INPUT, stem_pool='ceil'
     ),
     'sknet101.untrained': _untrained('SKNet-101 of the paper.'),
+    'sknet101.authors_in1k': _authors(
+        'sknet101',
+        _DRIVE + '1NEYIYeSXQeinLGU5GH2hf8T6MJytzt0U',
+        CAFFE_INPUT,
+        stem_pool='ceil',
+        attn_widths=(32, 16, 32, 64),
+    ),
     'sknet50_m3.untrained': _untrained('SKNet-50 of the paper with a third branch, dilation 3.'),
     'sknet29_16x32d.untrained': _untrained('SKNet-29 of the paper, for CIFAR.', _CIFAR10),
-    'sknet12.cifar10': _CIFAR10 | dict(
-        origin_url='https://arxiv.org/abs/1903.06586',  # the paper: the network and its weights are ours
-        file=str(Path(__file__).parent / 'weights' / 'sknet12.cifar10.safetensors'),
-        description='A small SKNet of basic blocks, trained on CIFAR-10 and shipped in the package.',
-        notes=("Weights by the authors of timm_sknet, Apache-2.0, trained with timm's train.py.",),
+    'sknet12.cifar10': Weights(
+        _CIFAR10
+        | dict(
+            file=str(Path(__file__).parent / 'weights' / 'sknet12.cifar10.safetensors'),
+            license='apache-2.0',
+            origin_url='https://arxiv.org/abs/1903.06586',  # the paper: the network and its weights are ours
+            description='A small SKNet of basic blocks, trained on CIFAR-10 and shipped in the package.',
+            notes=("Weights by the authors of timm_sknet, Apache-2.0, trained with timm's train.py.",),
+        ),
+        dataset='cifar10',
+        measured=91.74,
     ),
     'sk_shufflenetv2_x0_5.untrained': _untrained('ShuffleNetV2 0.5x with SK convolutions, our reading of the paper.'),
     'sk_shufflenetv2_x1_0.untrained': _untrained('ShuffleNetV2 1.0x with SK convolutions, our reading of the paper.'),
-    'sk_resnet50.untrained': _untrained("SK-ResNet-50*, the authors' PyTorch variant.", origin_url=_PYTORCH),
-    'sk_resnet101.untrained': _untrained("SK-ResNet-101*, the authors' PyTorch variant.", origin_url=_PYTORCH),
-})  # fmt: skip
+    'sk_resnet50.authors_in1k': _authors('sk_resnet50', _DRIVE + '1DGYWPeKc7dyJ9i-zPJcPPa2engExPOnJ'),
+    'sk_resnet101.authors_in1k': _authors('sk_resnet101', _DRIVE + '1WB7HXx-cvUIxFRe-M61XZIzUN0a3nsbF'),
+}
+default_cfgs = generate_default_cfgs({name: entry.cfg for name, entry in weights.items()})
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
-    if pretrained:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        if not (cfg.has_weights or cfg.source or cfg.state_dict):
-            trained = [f'{name}.{tag}' for name, c in default_cfgs.items() for tag in c.tags if c.cfgs[tag].has_weights]
-            raise ValueError(
-                f'There are no public weights of {variant}. Use pretrained=False, name a checkpoint of your own, or '
-                f'choose a model that has weights: {", ".join(trained)}.'
-            )
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    if pretrained and not (cfg.has_weights or cfg.source or cfg.state_dict):
+        trained = [f'{name}.{tag}' for name, c in default_cfgs.items() for tag in c.tags if c.cfgs[tag].has_weights]
+        raise ValueError(
+            f'There are no public weights of {variant}. Use pretrained=False, name a checkpoint of your own, or '
+            f'choose a model that has weights: {", ".join(trained)}.'
+        )
     model_cfg = model_cfgs[variant]
     levels = model_cfg.override(**{k: v for k, v in kwargs.items() if hasattr(model_cfg, k)}).levels
-    return build_model_with_cfg(
+    strict = kwargs.get('pretrained_strict', True)
+    build = partial(
+        build_model_with_cfg,
         SKNet,
         variant,
         pretrained,
         model_cfg=model_cfg,
         feature_cfg=dict(out_indices=tuple(range(levels)), flatten_sequential=True),
-        pretrained_filter_fn=native_keys,
+        pretrained_filter_fn=lambda state_dict, model: check_weights(native_keys(state_dict), model, strict),
         **kwargs,
     )
+    if pretrained and on_hub(cfg):
+        return build_from_hub(build, cfg, kwargs.get('cache_dir'))
+    return build()
 
 
 _replaced = [f'{model_entrypoint(name).__module__}.{name}' for name in model_cfgs if is_model(name)]

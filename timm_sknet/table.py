@@ -6,7 +6,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_sknet.sknets import default_cfgs, measured, model_cfgs, published, published_weights
+from timm_sknet.sknets import default_cfgs, published, weights
 
 
 class Row(NamedTuple):
@@ -18,37 +18,49 @@ class Row(NamedTuple):
     input_size: Tuple[int, int, int]
     paper: Optional[float]
     weights: str
+    source: str
+    licence: Optional[str]
     published: Optional[float]
     measured: Optional[float]
 
 
-HEADER = 'model', 'parameters', 'GMACs', 'input', 'top-1 in the paper', 'weights', 'top-1 published', 'top-1 measured'
+HEADER = (
+    'model',
+    'parameters',
+    'GMACs',
+    'input',
+    'top-1 in the paper',
+    'weights',
+    'from',
+    'licence',
+    'top-1 published',
+    'top-1 measured',
+)
 
 
 def model_table() -> List[Row]:
-    """Returns a row for each set of weights, and one for each model without; parameters and MACs are counted."""
+    """Returns a row for each entry of the table of weights; parameters and MACs are counted."""
     rows = []
-    for name in model_cfgs:
+    for name, entry in weights.items():
+        variant, tag = name.split('.')
+        cfg = default_cfgs[variant].cfgs[tag]
         model = timm.create_model(name, device='meta').eval()
-        input_size = default_cfgs[name].default.input_size
         with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, *input_size, device='meta'))
-        parameters = sum(p.numel() for p in model.parameters())
-        cfgs = default_cfgs[name].cfgs
-        for tag in [tag for tag in cfgs if cfgs[tag].has_weights] or ['']:
-            weights = f'{name}.{tag}'
-            rows.append(
-                Row(
-                    name,
-                    parameters,
-                    counter.get_total_flops() / 2e9,  # it counts a multiplication and an addition for each MAC
-                    input_size,
-                    published.get(name),
-                    tag,
-                    published_weights.get(weights),
-                    measured.get(weights),
-                )
+            model(torch.empty(1, *cfg.input_size, device='meta'))
+        rows.append(
+            Row(
+                variant,
+                sum(p.numel() for p in model.parameters()),
+                counter.get_total_flops() / 2e9,  # it counts a multiplication and an addition for each MAC
+                cfg.input_size,
+                published.get(variant),
+                tag if entry.source else '',
+                entry.source,
+                cfg.license,
+                entry.published,
+                entry.measured,
             )
+        )
     return rows
 
 

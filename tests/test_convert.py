@@ -1,0 +1,452 @@
+"""`timm-sknet convert`: weights of every kind become a folder that loads everywhere, or one line says why not."""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import caffe_reference
+import numpy as np
+import pytest
+import pytorch_reference
+import timm
+import torch
+from conftest import TIMM_REPO
+from hub import hub
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from timm.utils import CheckpointSaver, ModelEmaV3
+
+from timm_sknet.cli import main
+from timm_sknet.network import SKNetCfg
+from timm_sknet.sknets import model_cfgs
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Makes sknet26 and sk_resnet50 networks of a few units, for the sake of time."""
+    widths = {k: v for k, v in caffe_reference.TINY.items() if k != 'attn_widths'}
+    monkeypatch.setitem(model_cfgs, 'sknet26', SKNetCfg(**widths))
+    planes = pytorch_reference.TINY['planes']
+    small = dict(depths=pytorch_reference.TINY['depths'], mid_widths=planes, widths=[4 * p for p in planes])
+    monkeypatch.setitem(model_cfgs, 'sk_resnet50', model_cfgs['sk_resnet50'].override(**small))
+
+
+@pytest.fixture
+def caffemodel(tiny, tmp_path):
+    graph = caffe_reference.layers(**caffe_reference.TINY)
+    caffe_reference.write_caffemodel(tmp_path / 'tiny.caffemodel', graph, caffe_reference.random_blobs(graph))
+    return tmp_path / 'tiny.caffemodel'
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Converts to tmp_path/out; gives exit code and stderr."""
+
+    def convert(source, arch, *options):
+        code = main(['convert', str(source), str(tmp_path / 'out'), '--arch', arch, *map(str, options)])
+        return code, capsys.readouterr().err
+
+    return convert
+
+
+@pytest.fixture
+def converted(run, tmp_path):
+    """Converts to a folder, which must succeed, and gives the folder."""
+
+    def convert(source, arch, *options):
+        assert run(source, arch, *options) == (0, '')
+        return tmp_path / 'out'
+
+    return convert
+
+
+def load(folder, **kwargs):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+
+
+def config(folder):
+    return json.loads((folder / 'config.json').read_text())
+
+
+def trained(name='sknet12', **kwargs):
+    """A model whose batch norm statistics are not the initial ones."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).train()
+    size = model.pretrained_cfg['input_size'][1:]
+    model(torch.randn(4, model.in_chans, *size))
+    return model.eval()
+
+
+@pytest.fixture(scope='session')
+def run_of_train_py(tmp_path_factory):
+    """A model, its averaged weights, and the file that train.py writes of it, with arguments of its own."""
+    folder = tmp_path_factory.mktemp('run')
+    kwargs = dict(branches=[[3, 1, 1], [5, 1, 1]])
+    model = trained(num_classes=7, bn_eps=1e-3, **kwargs)
+    ema = ModelEmaV3(model)
+    for parameter in ema.module.parameters():
+        parameter.data *= 1.01
+    args = argparse.Namespace(
+        model='sknet12', model_kwargs=kwargs, bn_eps=1e-3, mean=[0.5], img_size=48, eval_metric='top1'
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    saver = CheckpointSaver(model, optimizer, args, ema, checkpoint_dir=str(folder), recovery_dir=str(folder))
+    saver.save_checkpoint(3, metric=64.5)
+    return model, ema.module, folder / 'last.pth.tar'
+
+
+@pytest.fixture
+def checkpoint(run_of_train_py, tmp_path):
+    """The file of `run_of_train_py`, to do with as a test likes."""
+    return Path(shutil.copy(run_of_train_py[-1], tmp_path))
+
+
+@torch.no_grad()
+def assert_same(a, b):
+    x = torch.randn(2, getattr(b, 'in_chans', 3), 64, 64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(a(x), b(x), rtol=1e-5, atol=1e-5 * b(x).abs().max().item())
+
+
+# What can be converted
+
+
+@pytest.mark.parametrize('options', [{}, {'packed': False}, {'double': True}, {'legacy': True}, {'extras': False}])
+def test_every_form_of_a_caffe_file_gives_the_same_weights(tiny, converted, caffemodel, tmp_path, options):
+    folder = converted(caffemodel, 'sknet26')
+    expected = load_file(folder / 'model.safetensors')
+    graph = caffe_reference.layers(**caffe_reference.TINY)
+    other = tmp_path / 'other.caffemodel'
+    caffe_reference.write_caffemodel(other, graph, caffe_reference.random_blobs(graph), **options)
+    folder = converted(other, 'sknet26', '--force')
+    torch.testing.assert_close(load_file(folder / 'model.safetensors'), expected, rtol=0, atol=0)
+
+
+def test_a_caffe_file_brings_its_network_and_its_input(converted, caffemodel):
+    folder = converted(caffemodel, 'sknet26')
+    model = load(folder)
+    assert config(folder)['model_args'] == dict(stem_pool='ceil', attn_widths=[8, 4, 8, 16])
+    assert model.pool.ceil_mode and model.pool.padding == 0
+    data = timm.data.resolve_data_config(model=model)
+    assert (data['crop_pct'], data['interpolation'], list(data['input_size'])) == (0.875, 'bilinear', [3, 224, 224])
+    assert 'test_input_size' not in config(folder)['pretrained_cfg']
+    image = torch.rand(3, 8, 8)
+    normalised = (image - torch.tensor(data['mean']).view(3, 1, 1)) / torch.tensor(data['std']).view(3, 1, 1)
+    torch.testing.assert_close(
+        normalised, 255 * image - torch.tensor([123.0, 117, 104]).view(3, 1, 1), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize('legacy', [True, False])
+def test_a_checkpoint_of_the_pytorch_variant(tiny, converted, tmp_path, legacy):
+    state = pytorch_reference.random_state(**pytorch_reference.TINY)
+    pytorch_reference.write_checkpoint(tmp_path / 'model_best.pth.tar', state, legacy=legacy)
+    model = load(converted(tmp_path / 'model_best.pth.tar', 'sk_resnet50'))
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    expected = pytorch_reference.forward(state, x.double())
+    assert ((model(x) - expected).abs().max() / expected.abs().max()).item() < 1e-5
+
+
+@pytest.mark.slow
+def test_timms_weights_in_every_form(theirs, repo, converted, tmp_path, monkeypatch):
+    torch.save(theirs.state_dict(), tmp_path / 'pytorch_model.bin')
+    torch.save({'state_dict': theirs.state_dict()}, tmp_path / 'model.pth')
+    for file in repo / TIMM_REPO / 'model.safetensors', tmp_path / 'pytorch_model.bin', tmp_path / 'model.pth':
+        folder = converted(file, 'sknet50', '--force')
+        assert_same(load(folder), theirs)
+        assert config(folder)['pretrained_cfg']['interpolation'] == 'bicubic'
+        assert ModelCard.load(folder / 'README.md').data.license == 'unknown'  # the file does not say
+
+
+@pytest.mark.slow
+def test_timms_weights_by_their_name_on_the_hub(theirs, repo, tmp_path):
+    cfg = dict(input_size=[3, 224, 224], interpolation='bicubic', crop_pct=0.875, license='apache-2.0', tag='ra_in1k')
+    (repo / TIMM_REPO / 'config.json').write_text(
+        json.dumps({'architecture': 'skresnext50_32x4d', 'pretrained_cfg': cfg})
+    )
+    command = [sys.executable, '-m', 'timm_sknet', 'convert', TIMM_REPO, 'out', '--arch', 'sknet50']
+    with hub(repo) as address:
+        env = {**os.environ, 'HF_ENDPOINT': address, 'HF_HOME': str(tmp_path / 'cache'), 'HF_HUB_OFFLINE': '0'}
+        subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=300)
+    assert_same(load(tmp_path / 'out'), theirs)
+    card = ModelCard.load(tmp_path / 'out' / 'README.md')
+    assert card.data.license == 'apache-2.0' and card.data.datasets == ['imagenet-1k']
+    assert 'apache-2.0, as the source states' in card.text
+    assert '**published**, not measured here: top-1 80.168' in card.text
+
+
+def test_a_checkpoint_of_train_py(converted, run_of_train_py):
+    model, averaged, file = run_of_train_py
+    folder = converted(file, 'sknet12')
+    assert_same(load(folder), averaged)
+    assert config(folder)['model_args'] == dict(branches=[[3, 1, 1], [5, 1, 1]], bn_eps=1e-3)
+    cfg = config(folder)['pretrained_cfg']
+    assert (cfg['input_size'], cfg['mean'], cfg['std'], cfg['num_classes']) == (
+        [3, 48, 48],
+        [0.5] * 3,
+        [0.247, 0.2435, 0.2616],
+        7,
+    )
+    card = (folder / 'README.md').read_text()
+    assert '**measured** when the checkpoint was written: top1 64.5 in epoch 3' in card
+    assert 'published' not in card
+
+    folder = converted(file, 'sknet12', '--no-ema', '--force')
+    assert_same(load(folder), model)
+    assert 'measured**' not in (folder / 'README.md').read_text()  # the figure is that of the averaged weights
+
+
+def test_weights_of_our_own_keys_and_other_channels(converted, tmp_path):
+    model = trained('sk_shufflenetv2_x0_5', in_chans=1, num_classes=5)
+    save_file(model.state_dict(), tmp_path / 'own.safetensors')
+    folder = converted(tmp_path / 'own.safetensors', 'sk_shufflenetv2_x0_5')
+    assert_same(load(folder), model)
+    cfg = config(folder)['pretrained_cfg']
+    assert cfg['input_size'] == [1, 224, 224] and len(cfg['mean']) == len(cfg['std']) == 1
+
+
+# What the folder is
+
+
+@pytest.mark.parametrize('kind', ['caffe', 'train'])
+@torch.no_grad()
+def test_transformers_loads_the_folder_and_agrees(converted, caffemodel, checkpoint, kind, monkeypatch):
+    transformers = pytest.importorskip('transformers')
+    folder = converted(caffemodel, 'sknet26') if kind == 'caffe' else converted(checkpoint, 'sknet12')
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model(x).logits, load(folder)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_folder_says_what_it_is(converted, caffemodel):
+    folder = converted(caffemodel, 'sknet26')
+    assert sorted(os.listdir(folder)) == ['README.md', 'config.json', 'model.safetensors']
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} <= {0o644, 0o664}
+    assert 'num_classes' not in config(folder)['model_args'] and config(folder)['num_classes'] == 1000
+    card = ModelCard.load(folder / 'README.md')
+    assert card.data.library_name == 'timm' and card.data.pipeline_tag == 'image-classification'
+    assert card.data.license == 'unknown' and 'no licence stated' in card.text
+    sha256 = subprocess.run(['sha256sum', caffemodel], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert sha256 in card.text and 'crop_pct 0.875' in card.text and 'our choice' in card.text
+    assert card.text.index('pip install') < card.text.index('create_model')
+
+
+def test_options_do_what_they_say(converted, run_of_train_py, checkpoint, tmp_path):
+    names = [f'sort {i}' for i in range(7)]
+    (tmp_path / 'names.txt').write_text('\n'.join(names) + '\n')
+    options = ['--tag', 'mine', '--license', 'mit', '--label-names', tmp_path / 'names.txt', '--dtype', 'float16']
+    folder = converted(checkpoint, 'sknet12', '--num-classes', 7, *options)
+    model = load(folder)
+    assert model.pretrained_cfg['label_names'] == config(folder)['label_names'] == names
+    assert model.pretrained_cfg['tag'] == 'mine'
+    card = ModelCard.load(folder / 'README.md')
+    assert card.data.license == 'mit' and 'mit, as whoever made this folder claims' in card.text
+    assert card.text.lstrip().startswith('# sknet12.mine')
+    for key, value in load_file(folder / 'model.safetensors').items():
+        statistics = key.endswith(('running_mean', 'running_var'))
+        assert value.dtype == (torch.float32 if statistics else torch.float16) or 'batches' in key, key
+    torch.testing.assert_close(model.state_dict(), run_of_train_py[1].state_dict(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_classifier_can_be_left_out(converted, checkpoint):
+    folder = converted(checkpoint, 'sknet12', '--num-classes', 0)
+    assert not any(key.startswith('head.') for key in load_file(folder / 'model.safetensors'))
+    assert load(folder)(torch.zeros(1, 3, 32, 32)).shape == (1, 96)
+
+
+def test_an_existing_folder_is_replaced_only_by_force_and_only_if_it_is_ours(run, converted, checkpoint, tmp_path):
+    folder = converted(checkpoint, 'sknet12')
+    code, err = run(checkpoint, 'sknet12')
+    assert code == 2 and 'exists' in err and '--force' in err
+    converted(checkpoint, 'sknet12', '--force', '--tag', 'second')
+    assert config(folder)['pretrained_cfg']['tag'] == 'second'
+    (folder / 'thesis.txt').write_text('the only copy')
+    code, err = run(checkpoint, 'sknet12', '--force')
+    assert code == 2 and (folder / 'thesis.txt').exists()
+
+
+# What cannot
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ('code-was-run',)
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) * 2 // 3]
+
+
+def damaged_checkpoint(path: Path, change) -> None:
+    state = torch.load(path, weights_only=False)
+    change(state)
+    torch.save(state, path)
+
+
+def poison(state) -> None:
+    state['state_dict_ema']['head.fc.weight'][0, 0] = float('nan')
+
+
+def misname(state) -> None:
+    state['state_dict_ema']['head.fcc.weight'] = state['state_dict_ema'].pop('head.fc.weight')
+
+
+def reshape(state) -> None:
+    weight = state['state_dict_ema']['stages.0.0.conv2.conv.weight']
+    state['state_dict_ema']['stages.0.0.conv2.conv.weight'] = weight[:, :8]
+
+
+def bomb(path: Path) -> None:
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as file:
+        file.writestr('archive/data.pkl', bytes(10_000_000))
+
+
+BAD = {
+    'cut short': (lambda p: p.write_bytes(cut(p.read_bytes())), 'damaged'),
+    'empty': (lambda p: p.write_bytes(b''), 'an empty file'),
+    'a folder': (lambda p: (p.unlink(), p.mkdir()), 'a folder: name the file'),
+    'nothing': (lambda p: p.unlink(), 'No such file'),
+    'noise': (lambda p: p.write_bytes(bytes(range(1, 256)) * 9), 'not a Caffe file'),
+    'a prototxt': (lambda p: p.write_text('name: "SKNet"\nlayer {\n  name: "data"\n}\n'), 'a text file. A prototxt'),
+    'a prototxt with a comment': (lambda p: p.write_text('# SKNet\nlayer {\n}\n'), 'a text file. A prototxt'),
+    'V1': (lambda p: p.write_bytes(caffe_reference.field(2, caffe_reference.field(4, b'conv1'))), 'old V1 format'),
+    'code': (lambda p: torch.save({'state_dict': Code()}, p), 'refused.*mkdir'),
+    'code in a plain pickle': (lambda p: p.write_bytes(pickle.dumps(Code())), 'refused.*mkdir|damaged'),
+    'compressed': (bomb, 'compressed'),
+    'a lying safetensors': (lambda p: p.write_bytes(struct.pack('<Q', 2**40) + b'{"a": 1}'), 'no safetensors'),
+    'a list': (lambda p: torch.save([1, 2], p), 'it holds a list'),
+    'no tensors': (lambda p: torch.save({'state_dict': {'a': 1}}, p), 'no state dict.*value a'),
+    'NaN': (lambda p: damaged_checkpoint(p, poison), 'head.fc.weight has values that are NaN or infinite'),
+    'another name': (lambda p: damaged_checkpoint(p, misname), 'lacks the tensor head.fc.weight|has also'),
+    'another shape': (
+        lambda p: damaged_checkpoint(p, reshape),
+        r'stages.0.0.conv2.conv.weight is of shape \(16, 8, 3, 3\)',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_gets_one_line_and_leaves_nothing(run, checkpoint, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    change, expected = BAD[name]
+    change(checkpoint)
+    before = sorted(os.listdir(tmp_path))
+    code, err = run(checkpoint, 'sknet12')
+    assert code == 2 and err.count('\n') == 1
+    assert re.search(expected, err), err
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+BAD_CAFFE = {
+    'a layer less': (lambda blobs: blobs.pop('conv2_1/B_fc2'), 'lacks the layer conv2_1/B_fc2'),
+    'a layer more': (lambda blobs: blobs.update({'fc8': blobs['classifier']}), 'has also the layer fc8'),
+    'a blob less': (lambda blobs: blobs['conv1/7x7_s2/bn'].pop(), "'conv1/7x7_s2/bn' has 3 blobs, not 4"),
+    'another shape': (
+        lambda blobs: blobs.update({'conv2_1/3x3g32': [np.ones((32, 1, 5, 5), np.float32)]}),
+        r"'conv2_1/3x3g32' has a blob of shape \(32, 1, 5, 5\), not \(32, 1, 3, 3\)",
+    ),
+    'NaN': (lambda blobs: blobs['classifier'][0].__setitem__((5, 5), np.nan), 'head.fc.weight has values that are NaN'),
+    'infinity': (lambda blobs: blobs['conv4_1/1x1_proj'][0].fill(np.inf), 'stages.2.0.shortcut.conv.weight has values'),
+}
+
+
+@pytest.mark.parametrize('name', BAD_CAFFE)
+def test_bad_caffe_files_get_one_line_and_leave_nothing(tiny, run, tmp_path, name):
+    graph = caffe_reference.layers(**caffe_reference.TINY)
+    blobs = caffe_reference.random_blobs(graph)
+    change, expected = BAD_CAFFE[name]
+    change(blobs)
+    graph = [layer for layer in graph if layer.name in blobs]
+    if name == 'a layer more':
+        graph.append(graph[-1]._replace(name='fc8'))
+    caffe_reference.write_caffemodel(tmp_path / 'bad.caffemodel', graph, blobs)
+    code, err = run(tmp_path / 'bad.caffemodel', 'sknet26')
+    assert code == 2 and err.count('\n') == 1
+    assert re.search(expected, err), err
+    assert os.listdir(tmp_path) == ['bad.caffemodel']
+
+
+def test_the_model_that_the_weights_look_like_is_named(tiny, run, caffemodel, checkpoint, tmp_path):
+    code, err = run(caffemodel, 'sknet50')
+    assert code == 2 and 'not of sknet50' in err and 'It looks like sknet26.' in err
+    save_file(trained('sk_shufflenetv2_x0_5').state_dict(), tmp_path / 'own.safetensors')
+    code, err = run(tmp_path / 'own.safetensors', 'sk_shufflenetv2_x1_0')
+    assert code == 2 and 'It looks like sk_shufflenetv2_x0_5.' in err
+    code, err = run(checkpoint, 'sknet512')
+    assert code == 2 and "No model 'sknet512' here. Choose one of sknet26" in err
+
+
+def test_options_that_do_not_fit_are_refused(run, checkpoint, tmp_path):
+    (tmp_path / 'names.txt').write_text('one\ntwo\n')
+    for options, expected in (
+        (['--num-classes', 10], 'it has 7 classes, not 10'),
+        (['--label-names', tmp_path / 'names.txt'], 'names.txt must have 7 lines, one for each class, got 2'),
+        (['--label-names', tmp_path / 'none.txt'], 'No such file'),
+        (['--tag', 'a b'], "A tag is made of letters, digits, _ and -, got 'a b'"),
+    ):
+        code, err = run(checkpoint, 'sknet12', *options)
+        assert code == 2 and expected in err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_values_that_float16_cannot_hold_are_named(run, tmp_path):
+    state = trained().state_dict()
+    state['stem.conv.weight'][0, 0, 0, 0] = 70000
+    save_file(state, tmp_path / 'large.safetensors')
+    code, err = run(tmp_path / 'large.safetensors', 'sknet12', '--dtype', 'float16')
+    assert code == 2 and 'stem.conv.weight has values that are larger than float16 can hold' in err
+
+
+def in_a_process(script, *args, **kwargs):
+    command = [sys.executable, '-c', script, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def test_a_full_disk_gets_one_line_and_leaves_nothing(checkpoint, tmp_path):
+    script = (
+        'import resource, signal, sys\n'
+        'from timm_sknet.cli import main\n'
+        'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'  # so that a write fails, as on a full disk
+        'resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n'
+        "sys.exit(main(['convert', *sys.argv[1:], '--arch', 'sknet12']))\n"
+    )
+    done = in_a_process(script, checkpoint, tmp_path / 'out')
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'File too large' in done.stderr
+    assert os.listdir(tmp_path) == ['last.pth.tar']
+
+
+MEMORY = (
+    'import os, resource, sys, timm, torch\n'
+    'import timm_sknet.convert\n'
+    'from timm_sknet.cli import main\n'
+    "timm.create_model('sknet12').eval()(torch.zeros(1, 3, 32, 32))\n"  # what torch takes for itself
+    'peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
+    'before = peak()\n'
+    "main(['convert', *sys.argv[1:]])\n"
+    'print((peak() - before) / os.path.getsize(sys.argv[1]))\n'
+)
+
+
+@pytest.mark.slow
+def test_converting_takes_at_most_four_times_the_files_memory(tmp_path):
+    graph = caffe_reference.layers(**caffe_reference.SKNET50)
+    caffe_reference.write_caffemodel(tmp_path / 'sknet50.caffemodel', graph, caffe_reference.random_blobs(graph))
+    done = in_a_process(MEMORY, tmp_path / 'sknet50.caffemodel', tmp_path / 'out', '--arch', 'sknet50')
+    assert float(done.stdout.split()[-1]) < 4, done.stdout
+
+
+@pytest.mark.parametrize('record', [b'', caffe_reference.field(7, b'') * 3_000_000], ids=['layers', 'blobs'])
+def test_a_file_of_empty_messages_takes_no_memory(tmp_path, record):
+    """Each takes 2 or 3 bytes in the file and some 70 once it is parsed."""
+    layer = caffe_reference.field(100, record)
+    (tmp_path / 'bomb.caffemodel').write_bytes(layer * max(1, 6_000_000 // len(layer)))
+    done = in_a_process(MEMORY, tmp_path / 'bomb.caffemodel', tmp_path / 'out', '--arch', 'sknet50')
+    assert float(done.stdout.split()[-1]) < 4, done.stdout
+    assert done.stderr.count('\n') == 1

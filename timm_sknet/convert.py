@@ -1,0 +1,191 @@
+"""Writes weights as a folder in the layout of timm's models on the Hub: the work behind `timm-sknet convert`."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+
+from timm_sknet.card import model_card
+from timm_sknet.sknets import default_cfgs, model_cfgs
+from timm_sknet.sources import Source, read
+
+CONFIG, WEIGHTS, CARD = FILES = 'config.json', 'model.safetensors', 'README.md'
+STATISTICS = 'running_mean', 'running_var', 'num_batches_tracked'
+DTYPES = {'float32': torch.float32, 'float16': torch.float16}
+
+
+def convert(
+    source: str,
+    out: Path,
+    arch: str,
+    ema: bool = True,
+    dtype: str = 'float32',
+    num_classes: Optional[int] = None,
+    tag: str = '',
+    license: str = '',
+    label_names: Optional[Path] = None,
+    force: bool = False,
+) -> None:
+    """Writes a folder that timm, its scripts and transformers load: config.json, model.safetensors and README.md.
+
+    Args:
+        source: A `.caffemodel` or `.pth.tar` of the paper's authors, weights of timm's `skresnext50_32x4d` or of our
+            models, a checkpoint of timm's train.py, or the name of a repository on the Hub that holds one of them.
+        out: The folder. It comes into being when all is well, or not at all.
+        arch: Name of the model.
+        ema: Take the averaged weights of a checkpoint that has them.
+        dtype: 'float32' or 'float16'; the statistics of batch norm layers are float32 in any case.
+        num_classes: Number of classes that the source must have, or 0 to leave its classifier out.
+        tag: Tag of the weights, in place of the source's own.
+        license: Licence of the weights as the caller claims it, in place of the one that the source states.
+        label_names: A file with the name of each class on a line of its own.
+        force: Replace a folder that an earlier conversion has written.
+
+    Raises:
+        ValueError: For a source that is no such thing or not of that model, and for arguments that do not fit it.
+        OSError: Where a file cannot be read or written.
+    """
+    if not re.fullmatch(r'[\w-]*', tag):
+        raise ValueError(f'A tag is made of letters, digits, _ and -, got {tag!r}.')
+    if arch not in model_cfgs:
+        raise ValueError(f'No model {arch!r} here. Choose one of {", ".join(model_cfgs)}.')
+    _check_target(out, force)
+    names = _read_names(label_names) if label_names else None
+    try:
+        weights = read(source, arch, ema)
+        state, args = _fit(weights, arch)
+        state = _checked(state, DTYPES[dtype])
+        state = _cut(state, num_classes)
+    except ValueError as e:
+        raise ValueError(f'{source}: {e}') from e
+
+    classes = len(state['head.fc.weight']) if 'head.fc.weight' in state else 0
+    cfg = _pretrained_cfg(weights, arch, classes, state['stem.conv.weight'].shape[1], tag, license)
+    names = names or cfg.pop('label_names', None)
+    if names and len(names) != classes:
+        raise ValueError(f'{label_names} must have {classes} lines, one for each class, got {len(names)}.')
+    # no num_classes in model_args: transformers would hand it over twice
+    config = dict(architecture=arch, num_classes=classes, label_names=names, model_args=args, pretrained_cfg=cfg)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
+    try:
+        folder.chmod(0o755)
+        save_file(state, folder / WEIGHTS)
+        (folder / WEIGHTS).chmod(0o644)  # safetensors keeps what it writes to its owner
+        parameters = sum(value.numel() for key, value in state.items() if not key.endswith(STATISTICS))
+        del state, weights.fit  # for the sake of memory
+        (folder / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v is not None}, indent=2) + '\n')
+        (folder / CARD).write_text(model_card(config, weights, parameters, dtype, claimed=bool(license)))
+        load(folder)
+        if force and out.exists():
+            shutil.rmtree(out)
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load(folder: Path) -> nn.Module:
+    """Returns the model in a folder, in eval mode, after it has classified an image.
+
+    Raises:
+        ValueError: Where it cannot be loaded, or gives no finite numbers.
+    """
+    try:
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+        with torch.inference_mode():
+            out = model(torch.rand(1, *model.pretrained_cfg['input_size']))
+    except Exception as e:  # timm raises whatever it meets in files of others
+        raise ValueError(f'{folder} holds no model that timm loads and runs: {e}') from e
+    if not out.isfinite().all():
+        raise ValueError(f'{folder} holds a model that gives NaN or infinite numbers.')
+    return model
+
+
+def _check_target(out: Path, force: bool) -> None:
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise ValueError(f'{out} exists. Choose another folder, or replace it with --force.')
+    if out.is_symlink() or not out.is_dir() or set(os.listdir(out)) - set(FILES):
+        raise ValueError(f'{out} is not just a folder that a conversion has written. Choose another one.')
+
+
+def _read_names(path: Path) -> List[str]:
+    try:
+        names = path.read_text(encoding='utf-8').splitlines()
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path} is no text in UTF-8 ({e}).') from e
+    if not all(name.strip() for name in names):
+        raise ValueError(f'{path} must have the name of a class on each line, one is empty.')
+    return [name.strip() for name in names]
+
+
+def _fit(weights: Source, arch: str) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
+    try:
+        return weights.fit(arch)
+    except ValueError as e:
+        hint = ''
+        for name in model_cfgs:
+            with suppress(ValueError):
+                weights.fit(name)
+                hint = f' It looks like {name}.'
+        raise ValueError(f'{weights.what}, but not of {arch}: {e}{hint}') from e
+
+
+def _checked(state: Dict[str, Tensor], dtype: torch.dtype) -> Dict[str, Tensor]:
+    """Returns the tensors in the dtype that they are to be stored in, each with memory of its own."""
+    checked = {}
+    for key, value in state.items():
+        counter = key.endswith('num_batches_tracked')
+        if value.layout != torch.strided or value.is_complex() or value.is_floating_point() == counter:
+            raise ValueError(f'{key} is a tensor of {value.dtype}, {value.layout}: no weights can be such.')
+        wanted = torch.int64 if counter else torch.float32 if key.endswith(STATISTICS) else dtype
+        checked[key] = value.detach().to(wanted).clone(memory_format=torch.contiguous_format)
+        if not checked[key].isfinite().all():
+            reason = 'larger than float16 can hold' if value.isfinite().all() else 'NaN or infinite'
+            raise ValueError(f'{key} has values that are {reason}.')
+    return checked
+
+
+def _cut(state: Dict[str, Tensor], num_classes: Optional[int]) -> Dict[str, Tensor]:
+    if num_classes == 0:
+        return {key: value for key, value in state.items() if not key.startswith('head.fc.')}
+    classes = len(state['head.fc.weight']) if 'head.fc.weight' in state else 0
+    if num_classes not in (None, classes):
+        raise ValueError(f'it has {classes} classes, not {num_classes}: leave out --num-classes, or give 0 for none.')
+    return state
+
+
+def _pretrained_cfg(
+    weights: Source,
+    arch: str,
+    num_classes: int,
+    in_chans: int,
+    tag: str,
+    license: str,
+) -> Dict[str, Any]:
+    """Returns the fields of timm's `PretrainedCfg`: the source's own over those of our table."""
+    cfgs = default_cfgs[arch].cfgs
+    known = cfgs.get(weights.tag, default_cfgs[arch].default)
+    cfg = asdict(known) | dict(description=None, notes=None, license=None, label_names=None, tag=weights.tag or None)
+    cfg |= {key: value for key, value in weights.cfg.items() if key in cfg}
+    cfg |= dict(num_classes=num_classes, input_size=(in_chans, *cfg['input_size'][1:]))
+    if cfg['input_size'][1:] != known.input_size[1:]:
+        cfg['pool_size'] = None
+    for key in 'mean', 'std':
+        if len(cfg[key]) != in_chans:
+            cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * in_chans
+    cfg |= {key: value for key, value in dict(tag=tag, license=license).items() if value}
+    return PretrainedCfg(**cfg).to_dict(remove_source=True)
