@@ -1,6 +1,8 @@
-"""A server on loopback that answers what huggingface_hub asks when it downloads a file, and the faults it can have."""
+"""A server on loopback that answers what huggingface_hub asks to load files down and up, and the faults it can have."""
 
+import base64
 import hashlib
+import json
 import re
 import socket
 import struct
@@ -11,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 
 @dataclass
@@ -68,20 +70,92 @@ def commit(repository: Path) -> str:
 
 @contextmanager
 def hub(folder: Path, fault: Optional[Fault] = None) -> Iterator[str]:
-    """Serves folder/ORG/NAME/FILE as the file of a Hub repository; yields the address for HF_ENDPOINT."""
+    """Serves folder/ORG/NAME/FILE as the file of a Hub repository; yields the address for HF_ENDPOINT.
+
+    Uploads come to lie there too: those of a branch in folder/ORG/NAME@BRANCH, that a repository is private in a file
+    `.private`. The token 'hf_write' may do all of it, 'hf_read' nothing.
+    """
+    large: Dict[str, bytes] = {}  # uploads to LFS by sha256
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.download()
 
         def do_GET(self) -> None:
-            self.download()
+            match = re.fullmatch(r'/api/models/([\w.-]+/[\w.-]+)', self.path)
+            if match:
+                private = (folder / match[1] / '.private').exists()
+                self.reply({'id': match[1], 'private': private, 'sha': '0' * 40, 'siblings': []})
+            elif self.path.startswith('/api/'):
+                self.reply({})
+            else:
+                self.download()
+
+        def do_PUT(self) -> None:
+            content = self.content()
+            oid = self.path.rpartition('/')[2]
+            assert hashlib.sha256(content).hexdigest() == oid
+            large[oid] = content
+            self.reply({})
+
+        def do_POST(self) -> None:
+            lines = [json.loads(line) for line in self.content().splitlines()]
+            if self.headers['Authorization'] != 'Bearer hf_write':
+                read = self.headers['Authorization'] == 'Bearer hf_read'
+                self.reply({'error': 'You have no right to do that.' if read else 'Who are you?'}, 403 if read else 401)
+            elif self.path == '/api/repos/create':
+                repository = folder / lines[0]['organization'] / lines[0]['name']
+                url = {'url': f'{address}/{lines[0]["organization"]}/{lines[0]["name"]}'}
+                if repository.exists():
+                    self.reply(url | {'error': 'It exists.'}, 409)
+                    return
+                repository.mkdir(parents=True)
+                if lines[0].get('visibility') == 'private':
+                    (repository / '.private').touch()
+                self.reply(url)
+            elif self.path == '/api/validate-yaml':
+                self.reply({})
+            elif self.path.endswith('/objects/batch'):
+                actions = [{'upload': {'href': f'{address}/lfs/{o["oid"]}'}} for o in lines[0]['objects']]
+                self.reply({'objects': [o | {'actions': a} for o, a in zip(lines[0]['objects'], actions, strict=True)]})
+            else:
+                name, action, revision = re.fullmatch(r'/api/models/(.+/.+)/(\w+)/(\w+)', self.path).groups()
+                repository = folder / (name if revision == 'main' else f'{name}@{revision}')
+                if action == 'branch':
+                    repository.mkdir(exist_ok=True)
+                    self.reply({})
+                elif action == 'preupload':
+                    modes = {
+                        f['path']: 'lfs' if f['path'].endswith('.safetensors') else 'regular' for f in lines[0]['files']
+                    }
+                    files = [{'path': p, 'uploadMode': mode, 'shouldIgnore': False} for p, mode in modes.items()]
+                    self.reply({'files': files})
+                else:
+                    for line in lines:
+                        if line['key'] == 'file':
+                            content = base64.b64decode(line['value']['content'])
+                            (repository / line['value']['path']).write_bytes(content)
+                        elif line['key'] == 'lfsFile':
+                            (repository / line['value']['path']).write_bytes(large[line['value']['oid']])
+                    self.reply({'commitUrl': f'{address}/{name}/commit/{"0" * 40}', 'commitOid': '0' * 40})
+
+        def content(self) -> bytes:
+            return self.rfile.read(int(self.headers['Content-Length']))
+
+        def reply(self, answer: dict, status: int = 200) -> None:
+            body = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
         def download(self) -> None:
-            match = re.fullmatch(r'/([\w.-]+/[\w.-]+)/resolve/[\w.-]+/([\w./-]+)', self.path.split('?')[0])
-            path = folder / match[1] / match[2] if match else folder
+            match = re.fullmatch(r'/([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/([\w./-]+)', self.path.split('?')[0])
+            branch = match and folder / f'{match[1]}@{match[2]}'
+            repository = branch if branch and branch.exists() else folder / match[1] if match else folder
+            path = repository / match[3] if match else folder
             if not path.is_file():
-                known = match and (folder / match[1]).is_dir()
+                known = match and repository.is_dir()
                 self.refuse(404, 'EntryNotFound' if known else 'RepoNotFound')
                 return
             asked = self.headers.get('Range', '')
@@ -97,7 +171,7 @@ def hub(folder: Path, fault: Optional[Fault] = None) -> Iterator[str]:
             start = int(re.fullmatch(r'bytes=(\d+)-', asked)[1]) if asked else 0
             self.send_response(206 if asked else 200)
             self.send_header('ETag', f'"{etag(path, path.stat().st_mtime_ns)}"')
-            self.send_header('X-Repo-Commit', commit(folder / match[1]))
+            self.send_header('X-Repo-Commit', commit(repository))
             self.send_header('Content-Length', str(len(data) - start))
             if asked:
                 self.send_header('Content-Range', f'bytes {start}-{len(data) - 1}/{len(data)}')
@@ -120,10 +194,11 @@ def hub(folder: Path, fault: Optional[Fault] = None) -> Iterator[str]:
             pass
 
     server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)  # s, how soon it can end
     thread.start()
+    address = f'http://127.0.0.1:{server.server_port}'
     try:
-        yield f'http://127.0.0.1:{server.server_port}'
+        yield address
     finally:
         server.shutdown()
         server.server_close()

@@ -1,12 +1,16 @@
 """The SK convolution as a layer: the modules that own the parameters (paper, section 3.1)."""
 
+import copy
 import operator
-from typing import Optional, Sequence, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
+import timm.layers
 import torch
-from timm.layers import ConvNormAct, get_norm_act_layer
+from timm.layers import FrozenBatchNormAct2d, get_norm_act_layer
 from timm.layers.typing import LayerType
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from timm_sknet.ops import fuse, select
 
@@ -22,6 +26,47 @@ def _check_batch(s: Tensor) -> None:
             'of 1: use a larger batch (drop_last=True in the loader), call eval(), freeze the batch norm layers, or '
             "choose a norm_layer that does not need the batch, such as 'layernorm2d'."
         )
+
+
+class Folded(nn.Module):
+    """What is left of a batch norm that was folded into the convolution before it: its activation."""
+
+    def __init__(self, act: nn.Module):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise RuntimeError('A folded (reparameterized) model is for inference: call eval(), or train the original.')
+        return self.act(x)
+
+
+def fold(conv: nn.Conv2d, norm: Any) -> nn.Module:
+    """Folds a batch norm, with its running statistics, into the convolution before it.
+
+    Args:
+        conv: Changed in place.
+        norm: One of timm's layers of norm and activation.
+
+    Returns:
+        What to put in the norm's place; the norm itself where it is none that could be folded.
+    """
+    if not isinstance(norm, (_BatchNorm, FrozenBatchNormAct2d)) or norm.running_var is None:
+        return norm
+    norm = copy.deepcopy(norm).double()
+    bias = None if conv.bias is None else conv.bias.double()
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight.double(), bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    conv.weight, conv.bias = nn.Parameter(weight.to(conv.weight)), nn.Parameter(bias.to(conv.weight))
+    return Folded(norm.act).train(norm.training)
+
+
+class ConvNormAct(timm.layers.ConvNormAct):
+    """timm's layer, and how `timm.utils.reparameterize_model` folds it."""
+
+    def reparameterize(self) -> None:
+        self.bn = fold(self.conv, self.bn)
 
 
 class SelectiveKernelAttn(nn.Module):
@@ -54,6 +99,16 @@ class SelectiveKernelAttn(nn.Module):
         self.fc1 = nn.Conv2d(channels, attn_channels, 1, bias=False, **dd)
         self.bn = get_norm_act_layer(norm_layer, act_layer)(attn_channels, **dd)
         self.fc2 = nn.Conv2d(attn_channels, M * channels, 1, bias=False, **dd)
+        self.folded = False
+
+    def reparameterize(self) -> None:
+        """Folds the norm and, for two branches, A to the difference of its halves."""
+        self.bn = fold(self.fc1, self.bn)
+        if self.M == 2 and not self.folded:
+            self.folded = True
+            first, second = self.fc2.weight.chunk(2)
+            self.fc2.weight = nn.Parameter(first - second)
+            self.fc2.out_channels //= 2
 
     def forward(self, s: Tensor) -> Tensor:
         """Maps the statistics s, (B, C, 1, 1), to the weights a, (B, M, C), which sum to 1 over M.
@@ -66,6 +121,9 @@ class SelectiveKernelAttn(nn.Module):
                 _check_batch(s)
         z = self.bn(self.fc1(s))
         logits = self.fc2(z)
+        if self.folded:
+            a = logits.flatten(1).sigmoid()
+            return torch.stack((a, 1 - a), dim=1)
         return logits.unflatten(1, (self.M, -1)).flatten(2).softmax(dim=1)
 
 

@@ -9,7 +9,6 @@ from typing import Any, Callable, Dict, Iterator, List, Literal, Mapping, NamedT
 import torch
 from timm.layers import (
     ClassifierHead,
-    ConvNormAct,
     DropPath,
     calculate_drop_path_rates,
     create_act_layer,
@@ -19,7 +18,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from timm_sknet.layers import PAPER_BRANCHES, Branch, SelectiveKernelAttn, SelectiveKernelConv
+from timm_sknet.layers import PAPER_BRANCHES, Branch, ConvNormAct, SelectiveKernelAttn, SelectiveKernelConv
 
 
 @dataclass(frozen=True)
@@ -355,6 +354,11 @@ class SKNet(nn.Module):
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads our keys, and those of `FOREIGN_KEYS`: timm filters the keys of pretrained weights only."""
+        if is_folded(state_dict) != is_folded(super().state_dict()):
+            raise RuntimeError(
+                'The weights and the model are not both folded (reparameterized): load the weights that a model had '
+                'before it was folded into one that is not, and fold it then.'
+            )
         return super().load_state_dict(native_keys(state_dict), strict=strict, assign=assign)
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None, device=None, dtype=None) -> None:
@@ -488,6 +492,11 @@ def native_keys(state_dict: Mapping[str, Tensor], model: Optional[nn.Module] = N
             key = re.sub(pattern, name, key)
         renamed[key] = value
     return renamed
+
+
+def is_folded(state_dict: Mapping[str, Any]) -> bool:
+    """Returns whether these are the weights of a folded SKNet, whose convolutions have a bias and no batch norm."""
+    return 'stem.conv.bias' in state_dict
 
 
 def dilate(strides: Sequence[int], reduction: int, output_stride: Optional[int]) -> Tuple[List[int], List[int]]:

@@ -22,7 +22,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from timm_sknet.caffe import count, native_state, read_caffemodel
-from timm_sknet.network import SKNetCfg, native_keys
+from timm_sknet.network import SKNetCfg, is_folded, native_keys
 from timm_sknet.sknets import CAFFE_INPUT, default_cfgs, model_cfgs, weights
 
 HUB_NAME = re.compile(r'(?:hf[-_]hub:)?([\w-]+/[\w.-]+)(?:@([\w./-]+))?')
@@ -186,6 +186,8 @@ def _state_dict(state: Any, path: Path, model_args: Optional[Dict[str, Any]] = N
 
 
 def _fit(state: Mapping[str, Tensor], args: Dict[str, Any], arch: str) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
+    if is_folded(state):
+        raise ValueError('these are the weights of a folded (reparameterized) model: convert those it had before.')
     cfg = model_cfgs[arch].override(**{k: v for k, v in args.items() if k in MODEL_ARGS})
     if sum(cfg.depths) * len(cfg.branches) > len(state):  # before a network of any size is made from a file's arguments
         raise ValueError(f'it has {count(state, "tensor")}, too few for its arguments {args}.')

@@ -1,0 +1,106 @@
+"""`timm.utils.reparameterize_model`, and so the scripts' --reparam, folds every batch norm, exactly."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.utils import reparameterize_model
+from torch import nn
+
+from timm_sknet import SelectiveKernelConv
+from timm_sknet.cli import main
+from timm_sknet.sknets import model_cfgs
+
+VARIANTS = {
+    **{name: (name, {}) for name in model_cfgs if name not in ('sknet101', 'sk_resnet101')},  # as the smaller of each
+    'without selection': ('sknet12', dict(branches=[[3, 1, 1]])),
+    'three branches': ('sknet12', dict(branches=[[1, 1, 1], [3, 1, 1], [5, 1, 1]])),
+    'another activation': ('sknet12', dict(act_layer='silu')),
+    'frozen': ('sknet12', {}),
+    'sync': ('sknet12', {}),
+    'float64': ('sknet12', dict(dtype=torch.float64)),
+    'bfloat16': ('sknet12', dict(dtype=torch.bfloat16)),
+}
+
+
+def trained(name, **kwargs):
+    """A model in training mode whose batch norms are far from doing nothing."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).train()
+    for m in model.modules():
+        if getattr(m, 'running_var', None) is not None:
+            m.running_mean.normal_(std=0.1)
+            m.running_var.uniform_(0.5, 1.5)
+            m.weight.data.uniform_(0.5, 1.5)
+            m.bias.data.normal_(std=0.1)
+    return model
+
+
+def batch_norms(model):
+    return [m for m in model.modules() if getattr(m, 'running_var', None) is not None]
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@torch.no_grad()
+def test_a_folded_model_gives_the_same_logits(variant):
+    name, kwargs = VARIANTS[variant]
+    model = trained(name, **kwargs)
+    convert = {'frozen': timm.layers.freeze_batch_norm_2d, 'sync': timm.layers.convert_sync_batchnorm}
+    model = convert.get(variant, nn.Identity())(model)
+    assert len(batch_norms(model)) > 10
+    folded = reparameterize_model(model).eval()  # the scripts fold in training mode
+    model.eval()
+    assert not batch_norms(folded) and batch_norms(model)
+    x = torch.randn(2, 3, 64, 64, dtype=kwargs.get('dtype'))
+    tolerance = {torch.float64: 1e-12, torch.bfloat16: 0.03}.get(kwargs.get('dtype'), 1e-5)
+    assert ((folded(x) - model(x)).abs().max() / model(x).abs().max()).item() < tolerance
+    again = reparameterize_model(folded)
+    assert torch.equal(again(x), folded(x))
+    for key, value in folded.state_dict().items():
+        assert value.dtype == kwargs.get('dtype', torch.float32), key
+
+
+def test_two_branches_need_one_logit_for_each_channel():
+    layer = SelectiveKernelConv(32).eval()
+    folded = reparameterize_model(layer)
+    s = torch.randn(4, 32, 1, 1)
+    assert folded.attn.fc2.weight.shape == (32, 32, 1, 1) and folded.attn(s).shape == (4, 2, 32)
+    torch.testing.assert_close(folded.attn(s), layer.attn(s))
+
+
+def test_a_norm_without_statistics_stays():
+    model = timm.create_model('sknet12', norm_layer='layernorm2d').eval()
+    folded = reparameterize_model(model)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(folded(x), model(x))
+    assert sum(isinstance(m, nn.LayerNorm) for m in folded.modules()) > 10
+
+
+def test_a_folded_model_does_not_train():
+    folded = reparameterize_model(trained('sknet12')).train()
+    with pytest.raises(RuntimeError, match=r'is for inference: call eval\(\)'):
+        folded(torch.zeros(2, 3, 32, 32))
+
+
+def test_weights_of_a_folded_model_go_nowhere_else(tmp_path, capsys):
+    model = trained('sknet12')
+    folded = reparameterize_model(model)
+    for target, state in (model, folded.state_dict()), (folded, model.state_dict()):
+        with pytest.raises(RuntimeError, match='not both folded'):
+            target.load_state_dict(state)
+    reparameterize_model(trained('sknet12')).load_state_dict(folded.state_dict())
+    save_file(folded.state_dict(), tmp_path / 'folded.safetensors')
+    assert main(['convert', str(tmp_path / 'folded.safetensors'), str(tmp_path / 'out'), '--arch', 'sknet12']) == 2
+    assert 'weights of a folded (reparameterized) model' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('mode', ['compile', 'export'])
+def test_a_folded_model_is_one_graph(mode):
+    folded = reparameterize_model(trained('sknet12')).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        if mode == 'compile':
+            graph = torch.compile(folded, backend='aot_eager', fullgraph=True)
+        else:
+            graph = torch.export.export(folded, (x,)).module()
+        torch.testing.assert_close(graph(x), folded(x))
