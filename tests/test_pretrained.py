@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import pytorch_reference
 import timm
 import torch
 from conftest import TIMM_REPO
@@ -87,3 +88,26 @@ def test_embedded_weights_load_as_float32_and_adapt():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert timm.create_model('sknet12.cifar10', pretrained=True, num_classes=3, in_chans=1).num_classes == 3
     assert len(timm.create_model('sknet12', pretrained=True, features_only=True)(torch.zeros(2, 3, 32, 32))) == 3
+
+
+def test_weights_that_need_another_network_get_it(tmp_path):
+    model = timm.create_model('sknet101.authors_in1k', device='meta')
+    assert sum(p.numel() for p in model.parameters()) == 48_686_760  # as the authors shipped it
+    assert model.pool.ceil_mode and model.pretrained_cfg['std'] == (1 / 255,) * 3
+    assert sum(p.numel() for p in timm.create_model('sknet101', device='meta').parameters()) == 48_736_040
+
+    small = timm.create_model('sknet50.authors_in1k', depths=(1, 1, 1, 1))
+    timm.models.save_for_hf(small, tmp_path, safe_serialization=True)
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).pool.ceil_mode
+
+
+def test_the_authors_file_is_where_the_error_points():
+    with pytest.raises(ValueError, match=r'no public weights of sk_resnet50 .*drive.google.com.*timm-sknet convert'):
+        timm.create_model('sk_resnet50', pretrained=True)
+
+
+def test_the_authors_checkpoint_loads_directly(tmp_path):
+    state = pytorch_reference.random_state(pytorch_reference.SK_RESNET50)
+    pytorch_reference.write_checkpoint(tmp_path / 'sk_resnet50.pth.tar', state)
+    model = timm.create_model('sk_resnet50', checkpoint_path=str(tmp_path / 'sk_resnet50.pth.tar'))
+    assert torch.equal(model.head.fc.weight, state['module.fc.weight'])

@@ -140,10 +140,11 @@ def _check_sha256(file: Path) -> None:
     with open(blob, 'rb') as f:
         digest = hashlib.file_digest(f, 'sha256').hexdigest()
     if digest != blob.name:
-        with suppress(OSError):
-            for path in (blob.resolve(), blob, file):
+        content = blob.resolve()
+        with suppress(OSError):  # a cache that cannot be written
+            for path in (content, blob, file):
                 path.unlink(missing_ok=True)
         raise RuntimeError(
-            f'The file was altered on its way or in the cache, and is removed if that can be written: {blob} has sha256 '
-            f'{digest}'
+            f'The file was altered on its way or in the cache, and is removed from there if that can be written: '
+            f'{content} has sha256 {digest}'
         )

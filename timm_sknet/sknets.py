@@ -222,13 +222,20 @@ default_cfgs = generate_default_cfgs({name: entry.cfg for name, entry in weights
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
-    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    named = kwargs.get('pretrained_cfg')
+    cfg = resolve_pretrained_cfg(variant, named, kwargs.get('pretrained_cfg_overlay'))
     if pretrained and not (cfg.has_weights or cfg.source or cfg.state_dict):
-        trained = [f'{name}.{tag}' for name, c in default_cfgs.items() for tag in c.tags if c.cfgs[tag].has_weights]
+        trained = [name for name, entry in weights.items() if entry.source and not entry.file_url]
+        files = [entry.file_url for name, entry in weights.items() if name.startswith(f'{variant}.') and entry.file_url]
+        remedy = f'convert the file that the authors offer ({files[0]}) with `timm-sknet convert`, ' if files else ''
         raise ValueError(
-            f'There are no public weights of {variant}. Use pretrained=False, name a checkpoint of your own, or '
-            f'choose a model that has weights: {", ".join(trained)}.'
+            f'There are no public weights of {variant} that timm can load. Use pretrained=False, {remedy}name a '
+            f'checkpoint of your own, or choose a model that has weights: {", ".join(trained)}.'
         )
+    args: Dict[str, Any] = {}
+    if isinstance(named, str) or (pretrained and not named):  # else of a folder or repository with arguments of its own
+        entry = weights.get(f'{variant}.{cfg.tag}')
+        args = entry.args if entry else {}
     model_cfg = model_cfgs[variant]
     levels = model_cfg.override(**{k: v for k, v in kwargs.items() if hasattr(model_cfg, k)}).levels
     strict = kwargs.get('pretrained_strict', True)
@@ -240,11 +247,11 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
         model_cfg=model_cfg,
         feature_cfg=dict(out_indices=tuple(range(levels)), flatten_sequential=True),
         pretrained_filter_fn=lambda state_dict, model: check_weights(native_keys(state_dict), model, strict),
-        **kwargs,
+        **(args | kwargs),
     )
-    if pretrained and on_hub(cfg):
-        return build_from_hub(build, cfg, kwargs.get('cache_dir'))
-    return build()
+    model = build_from_hub(build, cfg, kwargs.get('cache_dir')) if pretrained and on_hub(cfg) else build()
+    model._model_args = args  # to which timm adds what it was given: what its save_for_hf keeps
+    return model
 
 
 _replaced = [f'{model_entrypoint(name).__module__}.{name}' for name in model_cfgs if is_model(name)]
