@@ -56,8 +56,7 @@ def test_a_folded_model_gives_the_same_logits(variant):
     assert ((folded(x) - model(x)).abs().max() / model(x).abs().max()).item() < tolerance
     again = reparameterize_model(folded)
     assert torch.equal(again(x), folded(x))
-    for key, value in folded.state_dict().items():
-        assert value.dtype == kwargs.get('dtype', torch.float32), key
+    assert {p.dtype for p in folded.parameters()} == {kwargs.get('dtype', torch.float32)}
 
 
 def test_two_branches_need_one_logit_for_each_channel():
@@ -89,7 +88,13 @@ def test_weights_of_a_folded_model_go_nowhere_else(tmp_path, capsys):
         with pytest.raises(RuntimeError, match='not both folded'):
             target.load_state_dict(state)
     reparameterize_model(trained('sknet12')).load_state_dict(folded.state_dict())
-    save_file(folded.state_dict(), tmp_path / 'folded.safetensors')
+    with pytest.raises(ValueError, match='_extra_state'):
+        timm.models.save_for_hf(folded, tmp_path / 'hf', safe_serialization=True)
+    tensors = {k: v for k, v in folded.state_dict().items() if isinstance(v, torch.Tensor)}
+    save_file(tensors, tmp_path / 'folded.safetensors')
+    with pytest.raises(RuntimeError, match='folded'):
+        overlay = dict(file=str(tmp_path / 'folded.safetensors'))
+        timm.create_model('sknet12', pretrained=True, pretrained_cfg_overlay=overlay)
     assert main(['convert', str(tmp_path / 'folded.safetensors'), str(tmp_path / 'out'), '--arch', 'sknet12']) == 2
     assert 'weights of a folded (reparameterized) model' in capsys.readouterr().err
 

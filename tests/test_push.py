@@ -106,7 +106,7 @@ def test_no_token_no_right_no_network_get_one_line(folder, client, tmp_path):
         for token, expected in (
             ('', 'No token of the Hub on this machine: type `hf auth login`, or set HF_TOKEN'),
             ('hf_wrong', 'The Hub refuses org/name (401): Who are you?. Is the token right?'),
-            ('hf_read', 'The Hub refuses org/name (403): You have no right to do that.. The token has no right'),
+            ('hf_read', 'The Hub refuses org/name (403): You have no right to do that. The token has no right'),
         ):
             done = client(address, *push(folder, 'org/name'), token=token)
             assert done.returncode == 2 and done.stderr.count('\n') == 1
@@ -119,6 +119,14 @@ def test_no_token_no_right_no_network_get_one_line(folder, client, tmp_path):
 
 def no_card(folder):
     (folder / 'README.md').unlink()
+
+
+def no_front_matter(folder):
+    (folder / 'README.md').write_text('# A model')
+
+
+def broken_front_matter(folder):
+    (folder / 'README.md').write_text('---\nlicense: [mit\n---\n# A model')
 
 
 def a_pickle(folder):
@@ -151,6 +159,8 @@ def no_json(folder):
 
 @pytest.mark.parametrize('damage, expected', [
     (no_card, 'has no README.md: make the folder with `timm-sknet convert`'),
+    (no_front_matter, 'README.md is no model card: it has no front matter'),
+    (broken_front_matter, 'README.md is no model card'),
     (a_pickle, 'has no model.safetensors'),
     (no_classes, 'a model without classes'),
     (nan, 'NaN'),
@@ -163,6 +173,11 @@ def test_a_folder_that_is_not_in_order_is_refused(folder, tmp_path, capsys, dama
     assert main(['push', str(copy), 'org/name', '--private']) == 2
     err = capsys.readouterr().err
     assert expected in err and err.count('\n') == 1
+
+
+def test_a_repository_has_an_owner(folder, capsys):
+    assert main(['push', str(folder), 'name', '--private']) == 2
+    assert "A repository is called ORG/NAME, got 'name'." in capsys.readouterr().err
 
 
 # timm's own ways

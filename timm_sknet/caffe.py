@@ -30,6 +30,7 @@ UNIT = {
     '1x1_proj/bn': 'shortcut.bn',
 }
 AROUND = {'conv1/7x7_s2': 'stem.conv', 'conv1/7x7_s2/bn': 'stem.bn', 'classifier': 'head.fc'}
+MOST_LAYERS = 10_000  # a layer takes 12 bytes in the file and 1,200 in memory
 BATCH_NORM = 'weight', 'bias', 'running_mean', 'running_var'  # the order of CuDNNBatchNorm's blobs
 
 
@@ -60,6 +61,8 @@ def read_caffemodel(path: Path, largest: int) -> Dict[str, List[Tensor]]:
                 continue
             if name in layers:
                 raise ValueError(f'damaged, or of another network: layer {name!r} stands twice in it.')
+            if len(layers) == MOST_LAYERS:
+                raise ValueError(f'damaged, or of another network: more than {MOST_LAYERS:,} layers.')
             layers[name] = blobs
     return layers
 
@@ -77,7 +80,7 @@ def native_state(
         shapes: Function of the model arguments that returns the shape of each tensor of the network's state dict.
 
     Returns:
-        The tensors by our keys, without `num_batches_tracked`, and the arguments of the network they fit.
+        The tensors by our keys and the arguments of the network they fit.
 
     Raises:
         ValueError: Where the layers are not those of this network.
@@ -108,6 +111,7 @@ def native_state(
                 raise ValueError(f'layer {layer!r} has a blob of shape {tuple(blob.shape)}, not {shape}.')
             state[key] = blob.reshape(shape)
     state['stem.conv.weight'] = state['stem.conv.weight'].flip(1)  # from BGR to RGB
+    state |= {key: torch.tensor(0) for key in expected if key.endswith('num_batches_tracked')}
     return state, args
 
 
@@ -154,7 +158,7 @@ def _layer_parser() -> Callable[[bytes], Tuple[str, List[Tensor]]]:
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
         from google.protobuf.message import DecodeError
     except ImportError as e:
-        raise ImportError("Caffe files need the protobuf library: pip install 'timm-sknet[convert]'.") from e
+        raise ImportError('Caffe files need the protobuf library: pip install protobuf.') from e
 
     Field = descriptor_pb2.FieldDescriptorProto
     one, many = Field.LABEL_OPTIONAL, Field.LABEL_REPEATED
@@ -192,7 +196,8 @@ def _layer_parser() -> Callable[[bytes], Tuple[str, List[Tensor]]]:
 
 
 def _tensor(name: str, blob: Any) -> Tensor:
-    values = np.array(blob.data or blob.double_data, dtype=np.float32)
+    with np.errstate(over='ignore'):  # infinity is refused with those that the file has
+        values = np.array(blob.data or blob.double_data, dtype=np.float32)
     if blob.HasField('shape'):
         packed = io.BytesIO(blob.shape.dim[:100])  # ten numbers of ten bytes, Caffe has no more than four
         shape = []

@@ -83,7 +83,7 @@ def model_card(config: Dict[str, Any], source: Source, parameters: int, dtype: s
         'architecture': f'{arch} of timm_sknet' + ''.join(f', {key}={value}' for key, value in args.items()),
         'parameters': f'{parameters:,}, in {dtype}',
         'classes': config['num_classes'],
-        'source': f'`{source.path.name}`, sha256 `{sha256}`',
+        'source': f'{escape(source.path.name)}, sha256 {sha256}',
         'origin': cfg.get('origin_url'),
         'licence': _licence(licence, claimed),
         'input': ' x '.join(map(str, cfg['input_size'])) + f', crop_pct {cfg["crop_pct"]}, {cfg["interpolation"]}',
@@ -110,6 +110,11 @@ def model_card(config: Dict[str, Any], source: Source, parameters: int, dtype: s
     )
 
 
+def escape(text: str) -> str:
+    """Returns a name that can be anything as it stands in a table."""
+    return ''.join(c if c.isalnum() or c in ' ._-' else '?' for c in text)
+
+
 def _licence(licence: Optional[str], claimed: bool) -> str:
     if claimed:
         return f'{licence}, as whoever made this folder claims (`--license`); the source was not asked'
@@ -119,9 +124,9 @@ def _licence(licence: Optional[str], claimed: bool) -> str:
 def _figures(entry: Optional[Weights], source: Source) -> str:
     lines = []
     if entry and entry.published:
-        lines.append(
-            f'- **published**, not measured here: top-1 {entry.published} % on {entry.dataset} at the size above'
-        )
+        figure = f'top-1 {entry.published} % on {entry.dataset} at the size above'
+        lines.append(f'- **published** for the weights of that name: {figure}')
+        lines.append('- not measured here, and not checked whether this file is the one that was published')
     if source.measured:
-        lines.append(f'- **measured** when the checkpoint was written: {source.measured}')
+        lines.append(f'- **measured** by train.py on the validation data of that training: {source.measured}')
     return '\n'.join(lines) or 'Not measured.'

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -194,6 +195,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     from timm_sknet.convert import convert
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing unfinished is left behind
     try:
         convert(
             args.source,

@@ -12,17 +12,21 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from timm.data import create_transform, resolve_data_config
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from timm_sknet.card import model_card
+from timm_sknet.card import UNSTATED, model_card
 from timm_sknet.sknets import default_cfgs, model_cfgs
-from timm_sknet.sources import Source, read
+from timm_sknet.sources import DESCRIPTION, Source, read
 
 CONFIG, WEIGHTS, CARD = FILES = 'config.json', 'model.safetensors', 'README.md'
 STATISTICS = 'running_mean', 'running_var', 'num_batches_tracked'
 DTYPES = {'float32': torch.float32, 'float16': torch.float16}
+FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
+INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
 def convert(
@@ -58,8 +62,11 @@ def convert(
     """
     if not re.fullmatch(r'[\w-]*', tag):
         raise ValueError(f'A tag is made of letters, digits, _ and -, got {tag!r}.')
+    if license in ('none', UNSTATED) or not re.fullmatch(r'[a-z0-9.-]*', license):
+        raise ValueError(f"A licence is one of the Hub's names, such as mit, apache-2.0 or other, got {license!r}.")
     if arch not in model_cfgs:
         raise ValueError(f'No model {arch!r} here. Choose one of {", ".join(model_cfgs)}.')
+    out = Path(os.path.abspath(out))
     _check_target(out, force)
     names = _read_names(label_names) if label_names else None
     try:
@@ -68,18 +75,27 @@ def convert(
         state = _checked(state, DTYPES[dtype])
         state = _cut(state, num_classes)
     except ValueError as e:
-        raise ValueError(f'{source}: {e}') from e
+        raise ValueError(f'{source}: {_line(e)}') from e
 
     classes = len(state['head.fc.weight']) if 'head.fc.weight' in state else 0
-    cfg = _pretrained_cfg(weights, arch, classes, state['stem.conv.weight'].shape[1], tag, license)
-    names = names or cfg.pop('label_names', None)
-    if names and len(names) != classes:
+    if weights.tag and classes != default_cfgs[arch].default.num_classes:
+        weights.tag = ''  # the weights of that name have another classifier
+    try:
+        cfg = _pretrained_cfg(weights, arch, classes, state['stem.conv.weight'].shape[1], tag, license)
+        own_names = list(cfg.pop('label_names', None) or ())
+    except Exception as e:  # what a source says of itself can be anything
+        raise ValueError(f'{source}: what it says of its input or classes is nothing that timm knows ({e!r}).') from e
+    if names is None and len(own_names) == classes:
+        names = own_names or None
+    if names is not None and len(names) != classes:
         raise ValueError(f'{label_names} must have {classes} lines, one for each class, got {len(names)}.')
     # no num_classes in model_args: transformers would hand it over twice
     config = dict(architecture=arch, num_classes=classes, label_names=names, model_args=args, pretrained_cfg=cfg)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
+    parent = out.parent
+    while not parent.exists():  # the others are made when all is well
+        parent = parent.parent
+    folder = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=parent))
     try:
         folder.chmod(0o755)
         save_file(state, folder / WEIGHTS)
@@ -88,9 +104,13 @@ def convert(
         del state, weights.fit  # for the sake of memory
         (folder / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v is not None}, indent=2) + '\n')
         (folder / CARD).write_text(model_card(config, weights, parameters, dtype, claimed=bool(license)))
-        load(folder)
+        try:
+            load(folder)
+        except ValueError as e:
+            raise ValueError(f'{source}: {str(e).replace(str(folder), "the result")}') from e
         if force and out.exists():
             shutil.rmtree(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -104,13 +124,26 @@ def load(folder: Path) -> nn.Module:
     """
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+        config = resolve_data_config(model=model)
+        channels, *size = config['input_size']
+        config['input_size'] = (channels, *(min(n, 512) for n in size))  # more could take any memory
+        image = torch.rand(config['input_size'])
+        if channels in (1, 3):
+            transform = create_transform(**config)
+            image = transform(Image.new('RGB' if channels == 3 else 'L', (256, 256), 'gray'))
         with torch.inference_mode():
-            out = model(torch.rand(1, *model.pretrained_cfg['input_size']))
+            out = model(image[None])
     except Exception as e:  # timm raises whatever it meets in files of others
-        raise ValueError(f'{folder} holds no model that timm loads and runs: {e}') from e
+        raise ValueError(f'{folder} holds no model that timm loads and runs: {_line(e)}') from e
     if not out.isfinite().all():
         raise ValueError(f'{folder} holds a model that gives NaN or infinite numbers.')
     return model
+
+
+def _line(error: Exception, most: int = 500) -> str:
+    """Returns an error's text, which can have names of a file in it, in one line of a length that can be read."""
+    text = ' '.join(str(error).split())
+    return ''.join(c if c.isprintable() else '?' for c in text[:most]) + '...' * (len(text) > most)
 
 
 def _check_target(out: Path, force: bool) -> None:
@@ -118,18 +151,19 @@ def _check_target(out: Path, force: bool) -> None:
         return
     if not force:
         raise ValueError(f'{out} exists. Choose another folder, or replace it with --force.')
-    if out.is_symlink() or not out.is_dir() or set(os.listdir(out)) - set(FILES):
+    if out.is_symlink() or not out.is_dir() or set(os.listdir(out)) not in (set(), set(FILES)):
         raise ValueError(f'{out} is not just a folder that a conversion has written. Choose another one.')
 
 
 def _read_names(path: Path) -> List[str]:
     try:
-        names = path.read_text(encoding='utf-8').splitlines()
+        text = path.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e:
         raise ValueError(f'{path} is no text in UTF-8 ({e}).') from e
-    if not all(name.strip() for name in names):
+    names = [name.strip() for name in text.removesuffix('\n').split('\n')]
+    if not all(names):
         raise ValueError(f'{path} must have the name of a class on each line, one is empty.')
-    return [name.strip() for name in names]
+    return names
 
 
 def _fit(weights: Source, arch: str) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
@@ -149,12 +183,12 @@ def _checked(state: Dict[str, Tensor], dtype: torch.dtype) -> Dict[str, Tensor]:
     checked = {}
     for key, value in state.items():
         counter = key.endswith('num_batches_tracked')
-        if value.layout != torch.strided or value.is_complex() or value.is_floating_point() == counter:
-            raise ValueError(f'{key} is a tensor of {value.dtype}, {value.layout}: no weights can be such.')
+        if value.dtype not in (INTEGERS if counter else FLOATS):
+            raise ValueError(f'{key} is a tensor of {value.dtype}: no weights can be such.')
         wanted = torch.int64 if counter else torch.float32 if key.endswith(STATISTICS) else dtype
         checked[key] = value.detach().to(wanted).clone(memory_format=torch.contiguous_format)
         if not checked[key].isfinite().all():
-            reason = 'larger than float16 can hold' if value.isfinite().all() else 'NaN or infinite'
+            reason = f'larger than {str(wanted)[6:]} can hold' if value.isfinite().all() else 'NaN or infinite'
             raise ValueError(f'{key} has values that are {reason}.')
     return checked
 
@@ -176,15 +210,19 @@ def _pretrained_cfg(
     tag: str,
     license: str,
 ) -> Dict[str, Any]:
-    """Returns the fields of timm's `PretrainedCfg`: the source's own over those of our table."""
-    cfgs = default_cfgs[arch].cfgs
-    known = cfgs.get(weights.tag, default_cfgs[arch].default)
-    cfg = asdict(known) | dict(description=None, notes=None, license=None, label_names=None, tag=weights.tag or None)
-    cfg |= {key: value for key, value in weights.cfg.items() if key in cfg}
+    """Returns the fields of timm's `PretrainedCfg`: those of the model, and what the source says of its weights."""
+    cfgs = default_cfgs[arch]
+    cfg = asdict(cfgs.cfgs.get(weights.tag, cfgs.default))
+    size = cfg['input_size'][1:]
+    if not weights.tag:
+        cfg |= dict(description=None, origin_url=None)
+    cfg |= dict(notes=None, license=None, label_names=None, tag=weights.tag or None)
+    cfg |= {key: value for key, value in weights.cfg.items() if key in DESCRIPTION}
     cfg |= dict(num_classes=num_classes, input_size=(in_chans, *cfg['input_size'][1:]))
-    if cfg['input_size'][1:] != known.input_size[1:]:
+    if cfg['input_size'][1:] != size:
         cfg['pool_size'] = None
     for key in 'mean', 'std':
+        cfg[key] = tuple(map(float, cfg[key]))
         if len(cfg[key]) != in_chans:
             cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * in_chans
     cfg |= {key: value for key, value in dict(tag=tag, license=license).items() if value}

@@ -20,6 +20,8 @@ from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, LocalEntry
 from timm.models import PretrainedCfg, load_pretrained
 from torch import Tensor, nn
 
+from timm_sknet.network import is_folded
+
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
 _REMEDIES = (  # of errors while downloading: the first that fits
@@ -99,15 +101,17 @@ def check_weights(state_dict: Mapping[str, Tensor], model: nn.Module, strict: bo
     Raises:
         RuntimeError: Names the keys at fault.
     """
+    if is_folded(state_dict):
+        raise RuntimeError('They are those of a folded (reparameterized) model, and load only into such a one.')
     optional = re.compile(r'head\.fc\.|.*\.num_batches_tracked$')  # PyTorch fills in the latter, old files lack it
     missing = [key for key in model.state_dict() if key not in state_dict and not optional.match(key)]
     if missing and strict:
-        raise RuntimeError(f'Missing keys in the weights: {", ".join(missing)}.')
+        raise RuntimeError(f'Missing keys in the weights: {", ".join(missing[:5])}{", ..." * (len(missing) > 5)}.')
     # The sum is finite where all values are, and costs a fifth of isfinite().all().
     sums = {key: value.sum(dtype=torch.float64) for key, value in state_dict.items() if value.is_floating_point()}
     broken = [key for key, value in sums.items() if not value.isfinite()]
     if broken:
-        raise RuntimeError(f'NaN or infinity in the weights: {", ".join(broken)}.')
+        raise RuntimeError(f'NaN or infinity in the weights: {", ".join(broken[:5])}{", ..." * (len(broken) > 5)}.')
     return state_dict
 
 

@@ -1,5 +1,6 @@
 """Uploads a model folder to the Hugging Face Hub: the work behind `timm-sknet push`."""
 
+import re
 from pathlib import Path
 from typing import Optional
 
@@ -27,13 +28,21 @@ def push(folder: Path, repo: str, private: bool = False, revision: Optional[str]
         ValueError: For a folder that should not be published, or not so.
         OSError: Where the Hub refuses it or cannot be reached.
     """
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo):
+        raise ValueError(f'A repository is called ORG/NAME, got {repo!r}.')
     for name in FILES:
         if not (folder / name).is_file():
             raise ValueError(f'{folder} has no {name}: make the folder with `timm-sknet convert`.')
     if not load(folder).num_classes:
         raise ValueError(f'{folder} holds a model without classes: convert it with its classifier.')
-    card = ModelCard.load(folder / CARD)
-    licensed = card.data.license not in (None, UNSTATED)
+    try:
+        text = (folder / CARD).read_text(encoding='utf-8')
+        if not text.startswith('---'):
+            raise ValueError('it has no front matter')
+        card = ModelCard(text)
+    except Exception as e:  # of YAML
+        raise ValueError(f'{folder / CARD} is no model card: {e}.') from e
+    licensed = getattr(card.data, 'license', None) not in (None, UNSTATED)
     if not (licensed or private):
         raise ValueError(
             f'{folder} states no licence, so it must not be made public: push it with --private, or convert it again '
@@ -58,7 +67,8 @@ def push(folder: Path, repo: str, private: bool = False, revision: Optional[str]
     except HfHubHTTPError as e:
         status = e.response.status_code
         remedy = {401: ' Is the token right? `hf auth login` sets it.', 403: ' The token has no right to write there.'}
-        raise OSError(f'The Hub refuses {repo} ({status}): {e.server_message or e}.{remedy.get(status, "")}') from e
+        reason = (e.server_message or str(e)).rstrip('.')
+        raise OSError(f'The Hub refuses {repo} ({status}): {reason}.{remedy.get(status, "")}') from e
     except ValueError:
         raise
     except Exception as e:  # those of the network have no class in common

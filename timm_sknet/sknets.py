@@ -223,6 +223,8 @@ default_cfgs = generate_default_cfgs({name: entry.cfg for name, entry in weights
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
     named = kwargs.get('pretrained_cfg')
+    if isinstance(named, dict) and 'input_size' in named:  # from JSON a list, to which timm's scripts add tuples
+        named['input_size'] = tuple(named['input_size'])
     cfg = resolve_pretrained_cfg(variant, named, kwargs.get('pretrained_cfg_overlay'))
     if pretrained and not (cfg.has_weights or cfg.source or cfg.state_dict):
         trained = [name for name, entry in weights.items() if entry.source and not entry.file_url]

@@ -1,18 +1,20 @@
 """Reads weights of others, and of timm's train.py: what a file holds, and which of our networks it fits."""
 
 import argparse
+import itertools
 import json
 import math
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from types import MappingProxyType
+from typing import IO, Any, Callable, Dict, Mapping, Optional, Tuple
 
-import timm
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
@@ -22,12 +24,38 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from timm_sknet.caffe import count, native_state, read_caffemodel
-from timm_sknet.network import SKNetCfg, is_folded, native_keys
-from timm_sknet.sknets import CAFFE_INPUT, default_cfgs, model_cfgs, weights
+from timm_sknet.network import SKNet, SKNetCfg, is_folded, native_keys
+from timm_sknet.sknets import CAFFE_INPUT, default_cfgs, model_cfgs
+from timm_sknet.sknets import weights as known_weights
 
 HUB_NAME = re.compile(r'(?:hf[-_]hub:)?([\w-]+/[\w.-]+)(?:@([\w./-]+))?')
+SUFFIXES = '.caffemodel', '.safetensors', '.pth', '.pt', '.tar', '.bin'
 PREPROCESSING = 'input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std'
-MODEL_ARGS = {f.name for f in fields(SKNetCfg)}
+# What other weights than ours may say of themselves; names of layers and the like are those of their network.
+DESCRIPTION = *PREPROCESSING, 'tag', 'license', 'label_names', 'description', 'origin_url'
+ARCHITECTURE = {f.name for f in fields(SKNetCfg)}
+MODEL_ARGS = ARCHITECTURE | {'output_stride', 'global_pool'}
+TRAINING_ARGS = {'drop_rate', 'drop_path_rate', 'drop_block_rate', 'zero_init_last', 'num_classes', 'in_chans'}
+# of train.py's arguments, those that say something about the model and its input
+TRAIN_ARGS = {
+    'model',
+    'model_kwargs',
+    'bn_momentum',
+    'bn_eps',
+    'gp',
+    'eval_metric',
+    'img_size',
+    'in_chans',
+    *PREPROCESSING,
+}
+# What the pickle of a checkpoint may name. Torch allows more, some of which takes as much memory as the pickle says.
+PICKLED = re.compile(
+    r'collections (OrderedDict|Counter)|argparse Namespace|torch\._utils _rebuild_(tensor(_v[23])?|parameter)|'
+    r'torch(\.cuda|\.storage)? \w+Storage|torch (Size|device|bool|[a-z]+\d\w*)'
+)
+# Bytes. What they describe takes up to 80 times as much memory; some 8,000 tensors come to half of either.
+LONGEST_PICKLE = 2**21
+LONGEST_HEADER = 2**20
 
 
 @dataclass
@@ -46,7 +74,7 @@ class Source:
 
     what: str
     path: Path
-    fit: Callable[[str], Tuple[Dict[str, Tensor], Dict[str, Any]]]
+    fit: Callable[..., Tuple[Dict[str, Tensor], Dict[str, Any]]]
     tag: str = ''
     cfg: Dict[str, Any] = field(default_factory=dict)
     measured: str = ''
@@ -66,7 +94,7 @@ def read(source: str, arch: str, ema: bool = True) -> Source:
     """
     path = Path(source)
     match = HUB_NAME.fullmatch(source)
-    if match and not path.exists():
+    if match and not path.exists() and path.suffix not in SUFFIXES:
         return _repository(match[1], match[2])
     if path.is_dir():
         raise ValueError('a folder: name the file with the weights in it.')
@@ -75,29 +103,41 @@ def read(source: str, arch: str, ema: bool = True) -> Source:
     if not start:
         raise ValueError('an empty file.')
     if start[8:9] == b'{':
-        return _state_dict(_safetensors(path), path)
+        weights = _state_dict(_safetensors(path), path)
+        config = path.with_name('config.json')
+        return _described(weights, config) if path.name == 'model.safetensors' and config.is_file() else weights
     if start.startswith((b'PK', b'\x80')):
         return _checkpoint(path, arch, ema)
-    if re.match(rb'(\s|#.*\n)*(name|layers?|input)\s*[:{]', start):
-        raise ValueError('a text file. A prototxt describes a network: its weights are in the .caffemodel.')
+    if start.isascii() and start.decode().replace('\n', '').replace('\r', '').replace('\t', '').isprintable():
+        raise ValueError('a text file, perhaps a prototxt (the weights are in the .caffemodel) or a web page.')
     return _caffemodel(path, arch)
 
 
-def shapes(arch: str, **args: Any) -> Dict[str, torch.Size]:
+def shapes(arch: str, most: float = math.inf, /, **args: Any) -> Dict[str, torch.Size]:
     """Returns the shape of each tensor of a model's state dict.
+
+    Args:
+        arch: Name of the model.
+        most: Number of tensors from which on the model is not even made.
+        args: Those of `SKNet`, and none of timm's, which could make it load files.
 
     Raises:
         ValueError: For arguments that make no model.
     """
+    args = {key: value for key, value in args.items() if value is not None}  # as timm does
     try:
-        state = timm.create_model(arch, device='meta', **args).state_dict()
+        cfg = model_cfgs[arch].override(**{k: v for k, v in args.items() if k in ARCHITECTURE})
+        if sum(map(abs, cfg.depths)) * len(cfg.branches) > most:
+            raise ValueError(f'it would have more than {most} tensors')
+        state = SKNet(model_cfgs[arch], device='meta', **args).state_dict()
     except Exception as e:  # arguments that were read can be anything
         raise ValueError(f'the arguments {args} make no {arch} ({e}).') from e
     return {key: value.shape for key, value in state.items()}
 
 
 def _caffemodel(path: Path, arch: str) -> Source:
-    layers = read_caffemodel(path, largest=max(map(math.prod, shapes(arch).values())))
+    largest = max(math.prod(shape) for name in {arch, 'sknet101'} & set(model_cfgs) for shape in shapes(name).values())
+    layers = read_caffemodel(path, largest)
 
     def fit(arch: str) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
         return native_state(layers, model_cfgs[arch].depths, partial(shapes, arch))
@@ -108,18 +148,57 @@ def _caffemodel(path: Path, arch: str) -> Source:
 def _repository(repo: str, revision: Optional[str]) -> Source:
     try:
         path = Path(hf_hub_download(repo, 'model.safetensors', revision=revision))
-        config = json.loads(Path(hf_hub_download(repo, 'config.json', revision=revision)).read_bytes())
-        cfg = dict(config['pretrained_cfg'])
-        model_args = dict(config.get('model_args', {}))
-    except (KeyError, TypeError, ValueError, OSError) as e:  # OSError: huggingface_hub's errors are of that kind
+        config = Path(hf_hub_download(repo, 'config.json', revision=revision))
+    except (ValueError, OSError) as e:  # huggingface_hub's are of the last kind
         raise ValueError(f'no file of that name, and no model that could be had from the Hub ({e}).') from e
-    cfg.setdefault('label_names', config.get('label_names'))
-    tag = next((name.split('.')[1] for name, known in weights.items() if known.cfg.get('hf_hub_id') == repo), '')
-    source = _state_dict(_safetensors(path), path, model_args)
-    return replace(source, what=f'{repo} on the Hugging Face Hub', tag=tag, cfg=cfg)
+    source = _described(_state_dict(_safetensors(path), path), config)
+    tag = next((name.split('.')[1] for name, known in known_weights.items() if known.cfg.get('hf_hub_id') == repo), '')
+    return replace(source, what=f'{repo} on the Hugging Face Hub', tag=tag)
+
+
+def _described(source: Source, config: Path) -> Source:
+    """Returns weights with what the config.json beside them says of them."""
+    model_args, cfg = _config(config)
+    return replace(source, fit=partial(source.fit, args=model_args), cfg=cfg)
+
+
+def _config(path: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Returns the model's arguments and the fields of its cfg in a config.json of timm's."""
+    try:
+        config = json.loads(path.read_bytes())
+        cfg = {'label_names': config.get('label_names')} | config['pretrained_cfg']
+        return _model_args(config.get('model_args', {})), {k: v for k, v in cfg.items() if k in DESCRIPTION}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
+        raise ValueError(f'{path} is not a config.json of timm ({e!r}).') from e
+
+
+def _model_args(given: Dict[str, Any]) -> Dict[str, Any]:
+    """Returns those arguments that the network depends on."""
+    unknown = given.keys() - MODEL_ARGS - TRAINING_ARGS
+    if unknown:
+        raise ValueError(f'the model has arguments that no SKNet has: {count(unknown, "argument")}.')
+    return {key: value for key, value in given.items() if key not in TRAINING_ARGS}
+
+
+def _start(model: str, arch: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Returns the arguments and the cfg of a model by the name that train.py was given."""
+    if model.startswith('local-dir:'):
+        return _config(Path(model.removeprefix('local-dir:')) / 'config.json')
+    match = HUB_NAME.fullmatch(model)
+    if match:
+        return _config(Path(hf_hub_download(match[1], 'config.json', revision=match[2])))
+    variant, _, tag = model.partition('.')
+    entry = known_weights.get(model)
+    cfgs = default_cfgs.get(variant, default_cfgs[arch])
+    cfg = cfgs.cfgs.get(tag, cfgs.default).to_dict()
+    return dict(entry.args) if entry else {}, {key: cfg[key] for key in PREPROCESSING}
 
 
 def _safetensors(path: Path) -> Dict[str, Tensor]:
+    with path.open('rb') as file:
+        length = int.from_bytes(file.read(8), 'little')
+    if length > LONGEST_HEADER:
+        raise ValueError(f'damaged, or of another network: no safetensors file with a header of {length:,} bytes.')
     try:
         return load_file(path)
     except SafetensorError as e:
@@ -128,73 +207,118 @@ def _safetensors(path: Path) -> Dict[str, Tensor]:
 
 def _checkpoint(path: Path, arch: str, ema: bool) -> Source:
     checkpoint = _load(path)
-    if not isinstance(checkpoint, Mapping):
+    if not isinstance(checkpoint, dict):
         raise ValueError(f'it holds a {type(checkpoint).__name__}, and no weights by name.')
-    averaged = ema and isinstance(checkpoint.get('state_dict_ema'), Mapping)
+    checkpoint = _items(checkpoint)
+    averaged = ema and isinstance(checkpoint.get('state_dict_ema'), dict)
     state = checkpoint.get('state_dict_ema' if averaged else 'state_dict', checkpoint)
     if not isinstance(checkpoint.get('args'), argparse.Namespace):
         return _state_dict(state, path)
 
-    args = vars(checkpoint['args'])
     try:
-        model_args = {k: v for k, v in args.get('model_kwargs', {}).items() if k in MODEL_ARGS}
+        args = _plain({k: v for k, v in vars(checkpoint['args']).items() if k in {*TRAIN_ARGS, *PREPROCESSING}})
+        metric, epoch = _plain([checkpoint.get('metric'), checkpoint.get('epoch')])
+        model_args, cfg = _start(args.get('model', arch), arch)
+        model_args |= _model_args(args.get('model_kwargs', {}))
         given = {'bn_momentum': args.get('bn_momentum'), 'bn_eps': args.get('bn_eps'), 'global_pool': args.get('gp')}
         model_args |= {k: v for k, v in given.items() if v is not None}
-        cfg = resolve_data_config(args, default_cfgs[arch].default.to_dict())
+        cfg |= resolve_data_config(args, cfg)
+        cfg = {key: cfg[key] for key in PREPROCESSING}
     except Exception as e:  # they can be anything
         raise ValueError(f'its arguments are not those of a checkpoint of train.py ({e!r}).') from e
     measured = ''
-    if 'metric' in checkpoint and (
-        averaged or 'state_dict_ema' not in checkpoint
-    ):  # it is that of the averaged weights
-        measured = f'{args.get("eval_metric")} {checkpoint["metric"]} in epoch {checkpoint.get("epoch")}, by train.py'
-    what = "a checkpoint of timm's train.py" + (', averaged weights' if averaged else '')
-    return replace(_state_dict(state, path, model_args), what=what, tag='', cfg=cfg, measured=measured)
+    if metric is not None and (averaged or 'state_dict_ema' not in checkpoint):  # it is that of the averaged weights
+        measured = f'{args.get("eval_metric")} {metric} in epoch {epoch}'
+    what = "a checkpoint of timm's train.py"
+    if 'state_dict_ema' in checkpoint:
+        what += ', its averaged weights' + ('' if averaged else ' left out')
+    source = _state_dict(state, path)
+    return replace(source, what=what, tag='', cfg=cfg, measured=measured, fit=partial(source.fit, args=model_args))
 
 
 def _load(path: Path) -> Any:
     """Unpickles a checkpoint of torch, tensors and plain values only."""
     try:
-        zipped = zipfile.is_zipfile(path)
-        if zipped and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
-            raise ValueError('its content is compressed, which torch does not do')  # could be of any size
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action='ignore'):
+            zipped = zipfile.is_zipfile(path)
+            if zipped:
+                with zipfile.ZipFile(path) as archive:
+                    if any(entry.compress_type for entry in archive.infolist()):
+                        raise Refused('it is compressed, which torch does not do, and could be of any size.')
+                    if archive.testzip():  # torch does not compare checksums
+                        raise Refused(f'damaged: the checksum of {archive.testzip()} in it is wrong.')
+                    for entry in archive.infolist():
+                        if entry.filename.lower().endswith('data.pkl'):  # as torch finds it
+                            _check_pickle(archive.open(entry))
+            else:
+                with path.open('rb') as file:
+                    for _ in range(5):  # magic number, version, system, content, keys of the storages
+                        _check_pickle(file)
             return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as e:
-        code = re.search(r'GLOBAL (\S+)', str(e))
-        if code:
-            raise ValueError(f'refused: besides weights it holds {code[1]}, which could run code.') from e
+    except Refused:
+        raise
+    except pickle.UnpicklingError as e:  # its text says how to run code nevertheless
         raise ValueError('damaged, or no checkpoint of torch: it cannot be unpickled.') from e
     except Exception as e:  # torch raises whatever it meets
         raise ValueError(f'damaged, or no checkpoint of torch ({e}).') from e
 
 
-def _state_dict(state: Any, path: Path, model_args: Optional[Dict[str, Any]] = None) -> Source:
+class Refused(ValueError):
+    """For what need not be damaged."""
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    """Goes through one pickle, and lets pass what makes tensors and plain values."""
+    for code, value, position in pickletools.genops(file):
+        if code.name in ('GLOBAL', 'INST') and not PICKLED.fullmatch(str(value)):
+            name = str(value).replace(' ', '.')
+            raise Refused(f'refused: besides weights it holds {name}, which could run code or take any memory.')
+        if (position or 0) > LONGEST_PICKLE:
+            raise Refused(f'refused: besides weights it holds more than {LONGEST_PICKLE:,} bytes.')
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value of JSON's kinds that is no longer than a model's arguments are; a pickle's can be endless."""
+    return json.loads(''.join(itertools.islice(json.JSONEncoder().iterencode(value), 1000)))
+
+
+def _items(mapping: Dict) -> Dict:
+    """Returns a dict without the attributes that a pickle can give an OrderedDict, in place of its methods too."""
+    return dict(dict.items(mapping))
+
+
+def _state_dict(state: Any, path: Path) -> Source:
     """Describes a state dict, whose keys tell whose network it is of."""
-    if not (isinstance(state, Mapping) and all(isinstance(key, str) for key in state)):
+    if not (isinstance(state, dict) and all(isinstance(key, str) for key in state)):
         raise ValueError(f'it holds a {type(state).__name__} that is no state dict.')
-    others = {key for key, value in state.items() if not isinstance(value, Tensor)}
+    state = _items(state)
+    others = {key for key, value in state.items() if not isinstance(value, Tensor) or value.is_meta}
     if others:
         raise ValueError(f'it is no state dict: no tensors are its {count(others, "value")}.')
-    what, tag, cfg = 'weights of timm_sknet', '', {}
+    if sum(value.numel() * value.itemsize for value in state.values()) > path.stat().st_size:
+        raise ValueError('damaged: its tensors are larger than the file.')  # which those of strides 0 can be
+    what, tag, cfg = 'a state dict', '', {}
     if any('.conv2g.' in key for key in state):
         what, tag = "a checkpoint of the authors' PyTorch variant", 'authors_in1k'
     elif any('.conv2.paths.' in key for key in state):
         what = "weights of timm's skresnext50_32x4d"
-        cfg = {key: value for key, value in weights['sknet50.ra_in1k'].cfg.items() if key in PREPROCESSING}
-    return Source(what, path, partial(_fit, native_keys(clean_state_dict(dict(state))), model_args or {}), tag, cfg)
+        cfg = {key: value for key, value in known_weights['sknet50.ra_in1k'].cfg.items() if key in PREPROCESSING}
+    return Source(what, path, partial(_fit, native_keys(clean_state_dict(state))), tag, cfg)
 
 
-def _fit(state: Mapping[str, Tensor], args: Dict[str, Any], arch: str) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
+def _fit(
+    state: Mapping[str, Tensor],
+    arch: str,
+    args: Mapping[str, Any] = MappingProxyType({}),
+) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
     if is_folded(state):
         raise ValueError('these are the weights of a folded (reparameterized) model: convert those it had before.')
-    cfg = model_cfgs[arch].override(**{k: v for k, v in args.items() if k in MODEL_ARGS})
-    if sum(cfg.depths) * len(cfg.branches) > len(state):  # before a network of any size is made from a file's arguments
-        raise ValueError(f'it has {count(state, "tensor")}, too few for its arguments {args}.')
+    args = dict(args)
     stem, classifier = state.get('stem.conv.weight'), state.get('head.fc.weight')
     if stem is not None and stem.ndim == 4 and stem.shape[1] != 3:
         args = args | dict(in_chans=stem.shape[1])
-    expected = shapes(arch, num_classes=0 if classifier is None else classifier.shape[0], **args)
+    classes = 0 if classifier is None or classifier.ndim == 0 else len(classifier)
+    expected = shapes(arch, len(state), num_classes=classes, **args)
     counters = {key: torch.tensor(0) for key in expected if key.endswith('num_batches_tracked')}
     state = counters | dict(state)
     for what, keys in ('lacks', expected.keys() - state.keys()), ('has also', state.keys() - expected.keys()):
