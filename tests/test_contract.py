@@ -1,6 +1,7 @@
 """What a process gets that imports timm alone: our models, and all that timm's scripts do with them."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,20 @@ def test_validate_a_checkpoint(trained, images, options):
         cwd=trained,
     )
     assert '"top1"' in log
+
+
+@needs_scripts
+@pytest.mark.slow
+def test_validate_a_converted_checkpoint(trained, images, tmp_path):
+    python('-m', 'timm_sknet', 'convert', trained / 'last.pth.tar', 'out', '--arch', 'sknet12', cwd=tmp_path)
+    options = ['--data-dir', images, '-b', 4, *CPU]
+    checkpoint = ['--checkpoint', trained / 'last.pth.tar', '--use-ema', '--num-classes', 3]
+    branches = ['--model-kwargs', 'branches=[[3,1,1],[3,3,1]]']
+    losses = []
+    for model in ['sknet12', *checkpoint, *branches], ['local-dir:out']:
+        log = python(SCRIPTS / 'validate.py', '--model', *model, *options, cwd=tmp_path)
+        losses.append(re.findall(r'Loss: +[0-9.]+ +\(([0-9.]+)\)', log)[-1])
+    assert losses[0] == losses[1]
 
 
 @needs_scripts

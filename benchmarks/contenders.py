@@ -1,0 +1,135 @@
+"""The networks that the benchmarks compare, with the same weights wherever the network is the same."""
+
+import importlib
+import importlib.util
+import platform
+import re
+from functools import partial
+from typing import Callable, Dict, List
+
+import timm
+import torch
+import torch.fx.experimental.optimization
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+
+from timm_sknet import SelectiveKernelConv
+from timm_sknet.sknets import model_cfgs
+
+
+class AttentionFree(SelectiveKernelConv):
+    """V = U_1 + ... + U_M: what no SK convolution of the same branches can beat."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        V = self.branches[0](x)
+        for branch in self.branches[1:]:
+            V = V + branch(x)
+        return V
+
+
+def ours(name: str) -> nn.Module:
+    """A model of timm_sknet, always with the same random weights and statistics."""
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(std=0.1)
+            m.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def attention_free(name: str) -> nn.Module:
+    model = ours(name)
+    for m in model.modules():
+        if isinstance(m, SelectiveKernelConv):
+            m.__class__ = AttentionFree
+    return model
+
+
+def without_selection(name: str) -> nn.Module:
+    """The same network with its 3x3 branch alone (M = 1)."""
+    return timm.create_model(name, branches=[branch for branch in model_cfgs[name].branches if branch[:2] == (3, 1)])
+
+
+def timm_sk(name: str) -> nn.Module:
+    """timm's own SK network of that depth with our weights."""
+    model = ours(name)
+    layers = tuple(len(stage) for stage in model.stages)
+    theirs = timm.create_model('skresnext50_32x4d', layers=layers)
+    # timm's keys are what ours are renamed from
+    renamed = {}
+    for key, value in model.state_dict().items():
+        for pattern, name in (
+            (r'^stem\.(conv|bn)', r'\g<1>1'),
+            (r'^head\.fc', 'fc'),
+            (r'^stages\.(\d)', lambda m: f'layer{int(m[1]) + 1}'),
+            (r'\.sk\.branches', '.conv2.paths'),
+            (r'\.sk\.attn\.fc1', '.conv2.attn.fc_reduce'),
+            (r'\.sk\.attn\.fc2', '.conv2.attn.fc_select'),
+            (r'\.sk\.attn', '.conv2.attn'),
+            (r'\.shortcut\.conv', '.downsample.0'),
+            (r'\.shortcut\.bn', '.downsample.1'),
+        ):
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
+    theirs.load_state_dict(renamed)
+    return theirs
+
+
+def pytorchcv_sk(name: str) -> nn.Module:
+    """pytorchcv's SKNet, whose modules have our order but for the shortcut."""
+    theirs = importlib.import_module('pytorchcv.model_provider').get_model(name)
+    theirs.features.final_pool = nn.AdaptiveAvgPool2d(1)  # for any image size
+    unit_last = sorted(ours(name).state_dict().items(), key=lambda item: _unit(item[0]))
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), (value for _, value in unit_last), strict=True)))
+    return theirs
+
+
+def _unit(key: str) -> List[int]:
+    part = ['stem', 'stages', 'head'].index(key.split('.')[0])
+    return [part, *map(int, re.findall(r'^stages\.(\d+)\.(\d+)', key)[0] if part == 1 else ()), '.shortcut.' in key]
+
+
+def pylocron_sk(name: str) -> nn.Module:
+    """Holocron's SKNet, a different network: sigmoid before the softmax, wider attention, 35M parameters."""
+    return getattr(importlib.import_module('holocron.models'), name)()
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """Folds batch norms, for a model without `reparameterize` by torch.fx."""
+    model = reparameterize_model(model.eval())
+    if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        model = torch.fx.experimental.optimization.fuse(model)
+    return model
+
+
+RESNEXT = {'sknet50': 'resnext50_32x4d', 'sknet101': 'resnext101_32x4d'}
+Contender = Callable[[], nn.Module]
+
+
+def contenders(name: str) -> Dict[str, Contender]:
+    """Returns how to make each network that a model is compared with; that model itself is among them."""
+    found: Dict[str, Contender] = {'timm_sknet': partial(ours, name), 'attention-free': partial(attention_free, name)}
+    if name in RESNEXT:
+        found['timm ResNeXt'] = partial(timm.create_model, RESNEXT[name])
+        found['timm SK'] = partial(timm_sk, name)
+    else:
+        found['without selection'] = partial(without_selection, name)
+    for package, peer in ('pytorchcv', pytorchcv_sk), ('holocron', pylocron_sk):
+        if name == 'sknet50' and importlib.util.find_spec(package):
+            found[package] = partial(peer, name)
+    return found
+
+
+def machine() -> Dict[str, str]:
+    """Returns versions and machine, for the record beside each figure."""
+    with open('/proc/cpuinfo') as file:
+        cpu = re.search(r'model name\s*: (.*)', file.read())
+    return {
+        'python': platform.python_version(),
+        **{name: importlib.import_module(name).__version__ for name in ('torch', 'timm', 'timm_sknet')},
+        'cpu': cpu[1] if cpu else platform.processor(),
+        'isa': torch.backends.cpu.get_cpu_capability(),
+        'threads': str(torch.get_num_threads()),
+        'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else '',
+    }
