@@ -532,6 +532,19 @@ def test_a_full_disk_gets_one_line_and_leaves_nothing(checkpoint, tmp_path):
     assert os.listdir(tmp_path) == ['last.pth.tar']
 
 
+def test_a_stopped_conversion_leaves_nothing(checkpoint, tmp_path):
+    script = (
+        'import os, signal, sys\n'
+        'from timm_sknet import convert\n'
+        'from timm_sknet.cli import main\n'
+        'convert.load = lambda folder: os.kill(os.getpid(), signal.SIGTERM)\n'
+        "sys.exit(main(['convert', *sys.argv[1:], '--arch', 'sknet12']))\n"
+    )
+    done = in_a_process(script, checkpoint, tmp_path / 'new' / 'out')
+    assert done.returncode == 143 and not done.stderr
+    assert os.listdir(tmp_path) == ['last.pth.tar']
+
+
 MEMORY = (
     'import os, resource, sys, timm, torch\n'
     'import timm_sknet.convert\n'

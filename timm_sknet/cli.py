@@ -195,7 +195,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     from timm_sknet.convert import convert
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing unfinished is left behind
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing unfinished is left behind
     try:
         convert(
             args.source,
@@ -212,6 +212,8 @@ def _convert(args: argparse.Namespace) -> int:
     except (ValueError, OSError, SafetensorError, ImportError, MemoryError) as e:
         _complain(' '.join(str(e).split()))
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f'{args.out} is written. Load it with timm.create_model({f"local-dir:{args.out}"!r}, pretrained=True).')
     return 0
 

@@ -167,7 +167,7 @@ def _config(path: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     try:
         config = json.loads(path.read_bytes())
         cfg = {'label_names': config.get('label_names')} | config['pretrained_cfg']
-        return _model_args(config.get('model_args', {})), {k: v for k, v in cfg.items() if k in DESCRIPTION}
+        return _model_args(config.get('model_args') or {}), {k: v for k, v in cfg.items() if k in DESCRIPTION}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
         raise ValueError(f'{path} is not a config.json of timm ({e!r}).') from e
 
@@ -219,7 +219,7 @@ def _checkpoint(path: Path, arch: str, ema: bool) -> Source:
         args = _plain({k: v for k, v in vars(checkpoint['args']).items() if k in {*TRAIN_ARGS, *PREPROCESSING}})
         metric, epoch = _plain([checkpoint.get('metric'), checkpoint.get('epoch')])
         model_args, cfg = _start(args.get('model', arch), arch)
-        model_args |= _model_args(args.get('model_kwargs', {}))
+        model_args |= _model_args(args.get('model_kwargs') or {})
         given = {'bn_momentum': args.get('bn_momentum'), 'bn_eps': args.get('bn_eps'), 'global_pool': args.get('gp')}
         model_args |= {k: v for k, v in given.items() if v is not None}
         cfg |= resolve_data_config(args, cfg)
