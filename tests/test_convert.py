@@ -396,10 +396,7 @@ BAD = {
     ),
     'a web page': (lambda p: p.write_text('<!DOCTYPE html><html><title>Virus scan warning</title>'), 'or a web page'),
     'a flipped byte': (lambda p: flip(p), 'the checksum of'),
-    'no image': (
-        lambda p: damaged_checkpoint(p, lambda state: vars(state['args']).update(std=[0.0])),
-        'NaN or infinite',
-    ),
+    'no image': (lambda p: damaged_checkpoint(p, blind), 'division by zero'),
     'unknown arguments': (
         lambda p: damaged_checkpoint(p, argue(depth=3)),
         'arguments that no SKNet has: argument depth',

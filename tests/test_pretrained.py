@@ -96,6 +96,8 @@ def test_weights_that_need_another_network_get_it(tmp_path):
     assert model.pool.ceil_mode and model.pretrained_cfg['std'] == (1 / 255,) * 3
     assert sum(p.numel() for p in timm.create_model('sknet101', device='meta').parameters()) == 48_736_040
 
+    if not hasattr(timm.models, 'get_model_args'):
+        return  # a timm that does not keep arguments
     small = timm.create_model('sknet50.authors_in1k', depths=(1, 1, 1, 1))
     timm.models.save_for_hf(small, tmp_path, safe_serialization=True)
     assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).pool.ceil_mode
