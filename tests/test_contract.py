@@ -176,13 +176,15 @@ def test_inference_writes_the_classes_of_the_embedded_weights(images, tmp_path):
 
 @needs_scripts
 @pytest.mark.slow
-def test_benchmark(tmp_path):
+@pytest.mark.parametrize('bench', ['infer', 'train'])
+def test_benchmark(tmp_path, bench):
     log = python(
         *(SCRIPTS / 'benchmark.py', '--model', 'sknet12', '-b', 2, *CPU, '--num-bench-iter', 10, '--num-warm-iter', 1),
-        *('--reparam', '--channels-last', '--gp', 'fast', '--torchcompile', 'aot_eager'),
+        *('--bench', bench, '--channels-last', '--gp', 'fast', '--torchcompile', 'aot_eager'),
+        *(['--reparam'] if bench == 'infer' else []),
         cwd=tmp_path,
     )
-    assert '"infer_samples_per_sec"' in log and '"train_samples_per_sec"' in log
+    assert f'"{bench}_samples_per_sec"' in log
 
 
 @needs_scripts

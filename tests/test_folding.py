@@ -88,13 +88,13 @@ def test_weights_of_a_folded_model_go_nowhere_else(tmp_path, capsys):
         with pytest.raises(RuntimeError, match='not both folded'):
             target.load_state_dict(state)
     reparameterize_model(trained('sknet12')).load_state_dict(folded.state_dict())
-    with pytest.raises(ValueError, match='_extra_state'):
-        timm.models.save_for_hf(folded, tmp_path / 'hf', safe_serialization=True)
-    tensors = {k: v for k, v in folded.state_dict().items() if isinstance(v, torch.Tensor)}
-    save_file(tensors, tmp_path / 'folded.safetensors')
-    with pytest.raises(RuntimeError, match='folded'):
-        overlay = dict(file=str(tmp_path / 'folded.safetensors'))
-        timm.create_model('sknet12', pretrained=True, pretrained_cfg_overlay=overlay)
+    timm.models.save_for_hf(folded, tmp_path / 'hf', safe_serialization=True)
+    with pytest.raises(RuntimeError, match='those of a folded'):
+        timm.create_model(f'local-dir:{tmp_path / "hf"}', pretrained=True)
+    (tmp_path / 'hf' / 'README.md').write_text('---\nlicense: mit\n---\n')
+    assert main(['push', str(tmp_path / 'hf'), 'org/name']) == 2
+    assert 'those of a folded' in capsys.readouterr().err
+    save_file(folded.state_dict(), tmp_path / 'folded.safetensors')
     assert main(['convert', str(tmp_path / 'folded.safetensors'), str(tmp_path / 'out'), '--arch', 'sknet12']) == 2
     assert 'weights of a folded (reparameterized) model' in capsys.readouterr().err
 

@@ -35,13 +35,6 @@ class Folded(nn.Module):
         super().__init__()
         self.act = act
 
-    def get_extra_state(self) -> str:
-        """Stands in the state dict, so that it is not taken for a network's and safetensors refuses to store it."""
-        return 'folded'
-
-    def set_extra_state(self, state: str) -> None:
-        pass
-
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             raise RuntimeError('A folded (reparameterized) model is for inference: call eval(), or train the original.')
