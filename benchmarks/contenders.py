@@ -14,6 +14,7 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from timm_sknet import SelectiveKernelConv
+from timm_sknet.network import native_keys
 from timm_sknet.sknets import model_cfgs
 
 
@@ -54,25 +55,10 @@ def without_selection(name: str) -> nn.Module:
 def timm_sk(name: str) -> nn.Module:
     """timm's own SK network of that depth with our weights."""
     model = ours(name)
-    layers = tuple(len(stage) for stage in model.stages)
-    theirs = timm.create_model('skresnext50_32x4d', layers=layers)
-    # timm's keys are what ours are renamed from
-    renamed = {}
-    for key, value in model.state_dict().items():
-        for pattern, name in (
-            (r'^stem\.(conv|bn)', r'\g<1>1'),
-            (r'^head\.fc', 'fc'),
-            (r'^stages\.(\d)', lambda m: f'layer{int(m[1]) + 1}'),
-            (r'\.sk\.branches', '.conv2.paths'),
-            (r'\.sk\.attn\.fc1', '.conv2.attn.fc_reduce'),
-            (r'\.sk\.attn\.fc2', '.conv2.attn.fc_select'),
-            (r'\.sk\.attn', '.conv2.attn'),
-            (r'\.shortcut\.conv', '.downsample.0'),
-            (r'\.shortcut\.bn', '.downsample.1'),
-        ):
-            key = re.sub(pattern, name, key)
-        renamed[key] = value
-    theirs.load_state_dict(renamed)
+    theirs = timm.create_model('skresnext50_32x4d', layers=tuple(len(stage) for stage in model.stages))
+    state = model.state_dict()
+    names = native_keys({key: key for key in theirs.state_dict()})  # theirs by ours
+    theirs.load_state_dict({their_key: state[our_key] for our_key, their_key in names.items()})
     return theirs
 
 

@@ -7,7 +7,21 @@ one, so that a file of 200 MB needs little more memory than its weights, and eac
 import io
 import math
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Collection, Dict, Iterator, List, Mapping, Sequence, Set, Tuple
+from typing import (
+    AbstractSet,
+    Any,
+    BinaryIO,
+    Callable,
+    Collection,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 import numpy as np
 import torch
@@ -91,9 +105,7 @@ def native_state(
             for layer, module in UNIT.items():
                 if unit == 1 or not layer.startswith('1x1_proj'):
                     modules[f'conv{stage}_{unit}/{layer}'] = f'stages.{stage - 2}.{unit - 1}.{module}'
-    for what, names in ('lacks', modules.keys() - layers.keys()), ('has also', layers.keys() - modules.keys()):
-        if names:
-            raise ValueError(f'it {what} the {count(names, "layer")}.')
+    check_names(modules.keys(), layers.keys(), 'layer')
 
     widths = [layers[f'conv{stage}_1/B_fc1/bn'][0].numel() for stage in range(2, 2 + len(depths))]
     args = dict(stem_pool='ceil', attn_widths=widths)
@@ -111,8 +123,7 @@ def native_state(
                 raise ValueError(f'layer {layer!r} has a blob of shape {tuple(blob.shape)}, not {shape}.')
             state[key] = blob.reshape(shape)
     state['stem.conv.weight'] = state['stem.conv.weight'].flip(1)  # from BGR to RGB
-    state |= {key: torch.tensor(0) for key in expected if key.endswith('num_batches_tracked')}
-    return state, args
+    return counters(expected) | state, args
 
 
 def _records(file: BinaryIO, size: int, keep: Set[int], most: int) -> Iterator[Tuple[int, bytes]]:
@@ -208,6 +219,18 @@ def _tensor(name: str, blob: Any) -> Tensor:
     if math.prod(shape) != len(values) or min(shape, default=1) < 0:
         raise ValueError(f'damaged: a blob of layer {name!r} has {len(values):,} values for the shape {shape}.')
     return torch.from_numpy(values).reshape(shape)
+
+
+def check_names(expected: AbstractSet[str], found: AbstractSet[str], what: str) -> None:
+    """Raises ValueError where the names of a network's layers or tensors are not those expected."""
+    for verb, names in ('lacks', expected - found), ('has also', found - expected):
+        if names:
+            raise ValueError(f'it {verb} the {count(names, what)}.')
+
+
+def counters(keys: Iterable[str]) -> Dict[str, Tensor]:
+    """Returns the batch counters among the keys of a state dict, which only PyTorch keeps, at 0."""
+    return {key: torch.tensor(0) for key in keys if key.endswith('num_batches_tracked')}
 
 
 def count(names: Collection[str], what: str, show: int = 3) -> str:

@@ -11,7 +11,7 @@ from timm_sknet.sources import Source
 
 REPOSITORY = 'ORG/NAME'  # `push` puts the name of the repository in its place
 UNSTATED = 'unknown'  # the Hub's word
-CARD = """\
+TEMPLATE = """\
 # {name}
 
 {description} Converted by timm_sknet {version} from {what}.
@@ -83,7 +83,7 @@ def model_card(config: Dict[str, Any], source: Source, parameters: int, dtype: s
         'architecture': f'{arch} of timm_sknet' + ''.join(f', {key}={value}' for key, value in args.items()),
         'parameters': f'{parameters:,}, in {dtype}',
         'classes': config['num_classes'],
-        'source': f'{escape(source.path.name)}, sha256 {sha256}',
+        'source': f'{_escape(source.path.name)}, sha256 {sha256}',
         'origin': cfg.get('origin_url'),
         'licence': _licence(licence, claimed),
         'input': ' x '.join(map(str, cfg['input_size'])) + f', crop_pct {cfg["crop_pct"]}, {cfg["interpolation"]}',
@@ -97,7 +97,7 @@ def model_card(config: Dict[str, Any], source: Source, parameters: int, dtype: s
         tags=['image-classification', 'timm', 'transformers', 'selective-kernel-networks'],
         datasets=[entry.dataset] if entry and entry.dataset else None,
     )
-    return f'---\n{data.to_yaml()}\n---\n' + CARD.format(
+    return f'---\n{data.to_yaml()}\n---\n' + TEMPLATE.format(
         name=name,
         description=cfg.get('description') or f'{arch}, a Selective Kernel Network.',
         version=__version__,
@@ -110,7 +110,7 @@ def model_card(config: Dict[str, Any], source: Source, parameters: int, dtype: s
     )
 
 
-def escape(text: str) -> str:
+def _escape(text: str) -> str:
     """Returns a name that can be anything as it stands in a table."""
     return ''.join(c if c.isalnum() or c in ' ._-' else '?' for c in text)
 

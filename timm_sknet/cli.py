@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument(
         '--topk',
-        type=_positive,
+        type=partial(_whole, least=1),
         default=5,
         metavar='K',
         help='likeliest classes to show (default: %(default)s)',
@@ -115,15 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'must be a whole number from 0, got {text!r}')
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f'must be a whole number from 1, got {text!r}')
+def _whole(text: str, least: int = 0) -> int:
+    if not (text.isdecimal() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f'must be a whole number from {least}, got {text!r}')
     return int(text)
 
 
@@ -131,6 +126,12 @@ def _complain(message: str) -> None:
     from huggingface_hub.utils import tqdm
 
     tqdm.write(f'timm-sknet: {message}', file=sys.stderr)  # beside a progress bar, not into it
+
+
+def _refuse(error: BaseException) -> int:
+    """Says in one line why nothing was done; returns the exit code for that."""
+    _complain(' '.join(str(error).split()))
+    return 2
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -210,8 +211,7 @@ def _convert(args: argparse.Namespace) -> int:
             force=args.force,
         )
     except (ValueError, OSError, SafetensorError, ImportError, MemoryError) as e:
-        _complain(' '.join(str(e).split()))
-        return 2
+        return _refuse(e)
     finally:
         signal.signal(signal.SIGTERM, before)
     print(f'{args.out} is written. Load it with timm.create_model({f"local-dir:{args.out}"!r}, pretrained=True).')
@@ -224,7 +224,6 @@ def _push(args: argparse.Namespace) -> int:
     try:
         name = push(args.folder, args.repo, private=args.private, revision=args.revision)
     except (ValueError, OSError) as e:
-        _complain(' '.join(str(e).split()))
-        return 2
+        return _refuse(e)
     print(f'The Hub has it. Load it with timm.create_model({name!r}, pretrained=True).')
     return 0

@@ -77,7 +77,7 @@ def convert(
     except ValueError as e:
         raise ValueError(f'{source}: {_line(e)}') from e
 
-    classes = len(state['head.fc.weight']) if 'head.fc.weight' in state else 0
+    classes = _classes(state)
     if weights.tag and classes != default_cfgs[arch].default.num_classes:
         weights.tag = ''  # the weights of that name have another classifier
     try:
@@ -193,10 +193,14 @@ def _checked(state: Dict[str, Tensor], dtype: torch.dtype) -> Dict[str, Tensor]:
     return checked
 
 
+def _classes(state: Dict[str, Tensor]) -> int:
+    return len(state['head.fc.weight']) if 'head.fc.weight' in state else 0
+
+
 def _cut(state: Dict[str, Tensor], num_classes: Optional[int]) -> Dict[str, Tensor]:
     if num_classes == 0:
         return {key: value for key, value in state.items() if not key.startswith('head.fc.')}
-    classes = len(state['head.fc.weight']) if 'head.fc.weight' in state else 0
+    classes = _classes(state)
     if num_classes not in (None, classes):
         raise ValueError(f'it has {classes} classes, not {num_classes}: leave out --num-classes, or give 0 for none.')
     return state

@@ -4,7 +4,21 @@ import math
 import re
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Literal, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Literal,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import torch
 from timm.layers import (
@@ -449,8 +463,10 @@ class SKNet(nn.Module):
 
 
 # Networks that are ours under other names: a part of a key that gives them away, and what their keys become.
+TIMM = '.conv2.paths.'  # timm's skresnext50_32x4d
+PYTORCH_VARIANT = '.conv2g.'  # the authors' sk_resnet50 and sk_resnet101, a grouped convolution beside each dense one
 FOREIGN_KEYS: Dict[str, Sequence[Tuple[str, Union[str, Callable[[re.Match], str]]]]] = {
-    '.conv2.paths.': (  # timm's skresnext50_32x4d
+    TIMM: (
         (r'^conv1\.', 'stem.conv.'),
         (r'^bn1\.', 'stem.bn.'),
         (r'^fc\.', 'head.fc.'),
@@ -462,7 +478,7 @@ FOREIGN_KEYS: Dict[str, Sequence[Tuple[str, Union[str, Callable[[re.Match], str]
         (r'\.downsample\.0', '.shortcut.conv'),
         (r'\.downsample\.1', '.shortcut.bn'),
     ),
-    '.conv2g.': (  # the authors' sk_resnet50 and sk_resnet101 for PyTorch, a grouped convolution beside each dense one
+    PYTORCH_VARIANT: (
         (r'^conv1\.', 'stem.conv.'),
         (r'^bn1\.', 'stem.bn.'),
         (r'^fc\.', 'head.fc.'),
@@ -483,15 +499,20 @@ FOREIGN_KEYS: Dict[str, Sequence[Tuple[str, Union[str, Callable[[re.Match], str]
 
 def native_keys(state_dict: Mapping[str, Tensor], model: Optional[nn.Module] = None) -> Mapping[str, Tensor]:
     """Renames the keys of networks that are ours under other names; other state dicts come back as they are."""
-    foreign = [part for part in FOREIGN_KEYS if any(part in key for key in state_dict)]
-    if not foreign:
+    origin = foreign(state_dict)
+    if origin is None:
         return state_dict
     renamed = {}
     for key, value in state_dict.items():
-        for pattern, name in FOREIGN_KEYS[foreign[0]]:
+        for pattern, name in FOREIGN_KEYS[origin]:
             key = re.sub(pattern, name, key)
         renamed[key] = value
     return renamed
+
+
+def foreign(state_dict: Iterable[str]) -> Optional[str]:
+    """Returns the key of `FOREIGN_KEYS` for the network that these keys are of; None for any other."""
+    return next((part for part in FOREIGN_KEYS if any(part in key for key in state_dict)), None)
 
 
 def is_folded(state_dict: Mapping[str, Any]) -> bool:

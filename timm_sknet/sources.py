@@ -23,8 +23,8 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from timm_sknet.caffe import count, native_state, read_caffemodel
-from timm_sknet.network import SKNet, SKNetCfg, is_folded, native_keys
+from timm_sknet.caffe import check_names, count, counters, native_state, read_caffemodel
+from timm_sknet.network import PYTORCH_VARIANT, TIMM, SKNet, SKNetCfg, foreign, is_folded, native_keys
 from timm_sknet.sknets import CAFFE_INPUT, default_cfgs, model_cfgs
 from timm_sknet.sknets import weights as known_weights
 
@@ -37,17 +37,8 @@ ARCHITECTURE = {f.name for f in fields(SKNetCfg)}
 MODEL_ARGS = ARCHITECTURE | {'output_stride', 'global_pool'}
 TRAINING_ARGS = {'drop_rate', 'drop_path_rate', 'drop_block_rate', 'zero_init_last', 'num_classes', 'in_chans'}
 # of train.py's arguments, those that say something about the model and its input
-TRAIN_ARGS = {
-    'model',
-    'model_kwargs',
-    'bn_momentum',
-    'bn_eps',
-    'gp',
-    'eval_metric',
-    'img_size',
-    'in_chans',
-    *PREPROCESSING,
-}
+TRAIN_ARGS = {'model', 'model_kwargs', 'bn_momentum', 'bn_eps', 'gp', 'eval_metric', 'img_size', 'in_chans'}
+TRAIN_ARGS.update(PREPROCESSING)
 # What the pickle of a checkpoint may name. Torch allows more, some of which takes as much memory as the pickle says.
 PICKLED = re.compile(
     r'collections (OrderedDict|Counter)|argparse Namespace|torch\._utils _rebuild_(tensor(_v[23])?|parameter)|'
@@ -216,14 +207,13 @@ def _checkpoint(path: Path, arch: str, ema: bool) -> Source:
         return _state_dict(state, path)
 
     try:
-        args = _plain({k: v for k, v in vars(checkpoint['args']).items() if k in {*TRAIN_ARGS, *PREPROCESSING}})
+        args = _plain({k: v for k, v in vars(checkpoint['args']).items() if k in TRAIN_ARGS})
         metric, epoch = _plain([checkpoint.get('metric'), checkpoint.get('epoch')])
         model_args, cfg = _start(args.get('model', arch), arch)
         model_args |= _model_args(args.get('model_kwargs') or {})
         given = {'bn_momentum': args.get('bn_momentum'), 'bn_eps': args.get('bn_eps'), 'global_pool': args.get('gp')}
         model_args |= {k: v for k, v in given.items() if v is not None}
-        cfg |= resolve_data_config(args, cfg)
-        cfg = {key: cfg[key] for key in PREPROCESSING}
+        cfg = resolve_data_config(args, cfg)
     except Exception as e:  # they can be anything
         raise ValueError(f'its arguments are not those of a checkpoint of train.py ({e!r}).') from e
     measured = ''
@@ -245,8 +235,8 @@ def _load(path: Path) -> Any:
                 with zipfile.ZipFile(path) as archive:
                     if any(entry.compress_type for entry in archive.infolist()):
                         raise Refused('it is compressed, which torch does not do, and could be of any size.')
-                    if archive.testzip():  # torch does not compare checksums
-                        raise Refused(f'damaged: the checksum of {archive.testzip()} in it is wrong.')
+                    if damaged := archive.testzip():  # torch does not compare checksums
+                        raise Refused(f'damaged: the checksum of {damaged} in it is wrong.')
                     for entry in archive.infolist():
                         if entry.filename.lower().endswith('data.pkl'):  # as torch finds it
                             _check_pickle(archive.open(entry))
@@ -298,9 +288,10 @@ def _state_dict(state: Any, path: Path) -> Source:
     if sum(value.numel() * value.itemsize for value in state.values()) > path.stat().st_size:
         raise ValueError('damaged: its tensors are larger than the file.')  # which those of strides 0 can be
     what, tag, cfg = 'a state dict', '', {}
-    if any('.conv2g.' in key for key in state):
+    origin = foreign(state)
+    if origin == PYTORCH_VARIANT:
         what, tag = "a checkpoint of the authors' PyTorch variant", 'authors_in1k'
-    elif any('.conv2.paths.' in key for key in state):
+    elif origin == TIMM:
         what = "weights of timm's skresnext50_32x4d"
         cfg = {key: value for key, value in known_weights['sknet50.ra_in1k'].cfg.items() if key in PREPROCESSING}
     return Source(what, path, partial(_fit, native_keys(clean_state_dict(state))), tag, cfg)
@@ -319,11 +310,8 @@ def _fit(
         args = args | dict(in_chans=stem.shape[1])
     classes = 0 if classifier is None or classifier.ndim == 0 else len(classifier)
     expected = shapes(arch, len(state), num_classes=classes, **args)
-    counters = {key: torch.tensor(0) for key in expected if key.endswith('num_batches_tracked')}
-    state = counters | dict(state)
-    for what, keys in ('lacks', expected.keys() - state.keys()), ('has also', state.keys() - expected.keys()):
-        if keys:
-            raise ValueError(f'it {what} the {count(keys, "tensor")}.')
+    state = counters(expected) | dict(state)
+    check_names(expected.keys(), state.keys(), 'tensor')
     for key, shape in expected.items():
         if state[key].shape != shape:
             raise ValueError(f'{key} is of shape {tuple(state[key].shape)}, not {tuple(shape)}.')
