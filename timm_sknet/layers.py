@@ -6,13 +6,13 @@ from typing import Any, Optional, Sequence, Tuple
 
 import timm.layers
 import torch
-from timm.layers import FrozenBatchNormAct2d, get_norm_act_layer
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, get_norm_act_layer
 from timm.layers.typing import LayerType
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from timm_sknet.ops import fuse, select
+from timm_sknet.ops import fuse, select, train_unit
 
 Branch = Tuple[int, int, int]  # kernel size k, dilation D, groups G; G = 0 is depthwise
 PAPER_BRANCHES: Tuple[Branch, ...] = ((3, 1, 32), (3, 2, 32))
@@ -99,16 +99,16 @@ class SelectiveKernelAttn(nn.Module):
         self.fc1 = nn.Conv2d(channels, attn_channels, 1, bias=False, **dd)
         self.bn = get_norm_act_layer(norm_layer, act_layer)(attn_channels, **dd)
         self.fc2 = nn.Conv2d(attn_channels, M * channels, 1, bias=False, **dd)
-        self.folded = False
+        self.register_buffer('signs', None, persistent=False)
 
     def reparameterize(self) -> None:
-        """Folds the norm and, for two branches, A to the difference of its halves."""
+        """Folds the norm and, for two branches, A to the difference of its halves: a_1, a_2 = sigmoid(+, - that)."""
         self.bn = fold(self.fc1, self.bn)
-        if self.M == 2 and not self.folded:
-            self.folded = True
+        if self.M == 2 and self.signs is None:
             first, second = self.fc2.weight.chunk(2)
             self.fc2.weight = nn.Parameter(first - second)
             self.fc2.out_channels //= 2
+            self.signs = first.new_tensor([[1.0], [-1.0]])
 
     def forward(self, s: Tensor) -> Tensor:
         """Maps the statistics s, (B, C, 1, 1), to the weights a, (B, M, C), which sum to 1 over M.
@@ -120,11 +120,10 @@ class SelectiveKernelAttn(nn.Module):
             if self.bn.training and isinstance(self.bn, nn.BatchNorm2d):
                 _check_batch(s)
         z = self.bn(self.fc1(s))
-        logits = self.fc2(z)
-        if self.folded:
-            a = logits.flatten(1).sigmoid()
-            return torch.stack((a, 1 - a), dim=1)
-        return logits.unflatten(1, (self.M, -1)).flatten(2).softmax(dim=1)
+        logits = self.fc2(z).unflatten(1, (-1, s.shape[1])).flatten(2)
+        if self.signs is not None:
+            return (logits * self.signs).sigmoid()
+        return logits.softmax(dim=1)
 
 
 class SelectiveKernelConv(nn.Module):
@@ -146,9 +145,15 @@ class SelectiveKernelConv(nn.Module):
         act_layer: Activation of branches and attention, class or name.
         norm_layer: Normalisation of branches and attention, class or name.
 
+    In training on a CPU, with plain batch norms, it keeps one map for each branch until backward, and V; autograd alone
+    keeps two for each. That is for first derivatives: `SelectiveKernelConv.lean = False` (of the class, or of one layer)
+    brings back what `torch.func`, forward mode and higher derivatives need.
+
     Raises:
         ValueError: For branches, stride or widths that no such layer can have.
     """
+
+    lean = True
 
     def __init__(
         self,
@@ -206,11 +211,48 @@ class SelectiveKernelConv(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if self._can_be_lean(x):
+                return train_unit(
+                    [branch.conv(x) for branch in self.branches], [branch.bn for branch in self.branches], self.attn
+                )
         U = [branch(x) for branch in self.branches]
         if self.attn is None:
             return U[0]
         a = self.attn(fuse(U))
         return select(U, a)
+
+    @torch.jit.ignore
+    def _can_be_lean(self, x: Tensor) -> bool:
+        """Whether `train_unit` does the same as the modules and nobody looks inside them; it was measured on CPUs."""
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor):  # the compiler and torch.fx see through modules
+            return False
+        return (
+            self.lean
+            and self.attn is not None
+            and x.device.type == 'cpu'
+            and x.shape[0] > 1
+            and torch.is_grad_enabled()
+            and all(_plain_batch_norm(branch.bn) for branch in self.branches)
+            and not torch.jit.is_tracing()
+            and not any(_hooked(m) for m in self.modules())
+        )
+
+
+def _plain_batch_norm(norm: nn.Module) -> bool:
+    return (
+        type(norm) is BatchNormAct2d
+        and type(norm.act) is nn.ReLU
+        and norm.training
+        and norm.affine
+        and norm.weight.dtype in (torch.float32, torch.float64)  # statistics in 16 bits do not give the same U twice
+        and norm.track_running_stats
+        and norm.momentum is not None
+    )
+
+
+def _hooked(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 def check_branches(branches: Sequence[Branch], in_channels: int, out_channels: int) -> Tuple[Branch, ...]:
