@@ -107,7 +107,8 @@ class _TrainUnit(torch.autograd.Function):
             )
         (dV,) = grads
         M, size = len(ctx.eps), dV.shape[2] * dV.shape[3]
-        maps, weights, biases, means, invstds = (ctx.saved_tensors[i::5] for i in range(5))
+        saved = ctx.saved_tensors  # once: checkpointing hands them out once
+        maps, weights, biases, means, invstds = (saved[i::5] for i in range(5))
         U = [
             torch.native_batch_norm(c, weight, bias, mean, invstd.pow(-2), False, 0.0, 0.0)[0].relu_()
             for c, weight, bias, mean, invstd in zip(maps, weights, biases, means, invstds)
