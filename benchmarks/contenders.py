@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import platform
 import re
 from functools import partial
 from typing import Callable, Dict, List
@@ -105,17 +104,3 @@ def contenders(name: str) -> Dict[str, Contender]:
         if name == 'sknet50' and importlib.util.find_spec(package):
             found[package] = partial(peer, name)
     return found
-
-
-def machine() -> Dict[str, str]:
-    """Returns versions and machine, for the record beside each figure."""
-    with open('/proc/cpuinfo') as file:
-        cpu = re.search(r'model name\s*: (.*)', file.read())
-    return {
-        'python': platform.python_version(),
-        **{name: importlib.import_module(name).__version__ for name in ('torch', 'timm', 'timm_sknet')},
-        'cpu': cpu[1] if cpu else platform.processor(),
-        'isa': torch.backends.cpu.get_cpu_capability(),
-        'threads': str(torch.get_num_threads()),
-        'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else '',
-    }

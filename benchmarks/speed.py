@@ -2,148 +2,142 @@
 
     python benchmarks/speed.py --model sknet50 --case eval --layout channels_last --batch 8 --out results.json
 
-Adds its rows to the JSON file that --out names, from which `report.py` makes tables; prints them as Markdown. Outputs
-are compared before anything is timed, where the networks are the same. Where there is a GPU it runs there, under AMP.
+Puts its rows into the JSON file that --out names, from which `report.py` makes tables; prints them as Markdown. Outputs
+are compared before anything is timed, where the networks are the same. Where there is a GPU it runs there, under AMP;
+`onnx` and `openvino` run on the CPU, on one exported file.
 """
 
 import argparse
-import json
-import os
-import statistics
 import tempfile
-import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
-import numpy as np
 import torch
-from contenders import contenders, folded, machine
+from contenders import contenders, folded
+from measure import LAYOUTS, device, images, interleaved, keep, markdown, quartiles, ratio
 from torch import nn
-from tqdm import tqdm
 
 SAME = 'timm_sknet', 'timm SK', 'pytorchcv'
-CASES = 'eval', 'train', 'compiled', 'compiled train', 'bf16', 'onnx'
-LAYOUTS = {'channels_last': torch.channels_last, 'NCHW': torch.contiguous_format}
+CASES = 'eval', 'train', 'compiled', 'compiled train', 'bf16', 'onnx', 'openvino'
+Run = Callable[[], Any]
 
 
-def runners(case: str, make: Callable[[], nn.Module], x: torch.Tensor, amp: bool) -> Dict[str, Callable[[], Any]]:
-    """Returns what is timed, by the suffix of its name: as it is and, for inference, folded."""
+def runners(case: str, make: Callable[[], nn.Module], x: torch.Tensor) -> Dict[str, Run]:
+    """Returns what is timed, by the suffix of its name: as it is and folded; in training, as it is and checkpointed."""
     layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-
-    def prepared(model: nn.Module) -> nn.Module:
-        return model.to(device=x.device, memory_format=layout)
-
-    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=amp or case == 'bf16')
-    if case.endswith('train'):
-        model = prepared(make().train())
+    if case in EXPORTED:
+        return {' folded': EXPORTED[case](folded(make()), x)}
+    models = {'': make().train(case.endswith('train'))}
+    if case == 'train' and hasattr(models[''], 'set_grad_checkpointing'):
+        models[' checkpointed'] = make().train()
+        models[' checkpointed'].set_grad_checkpointing()
+    elif not case.endswith('train'):
+        models[' folded'] = folded(make())
+    found: Dict[str, Run] = {}
+    for suffix, model in models.items():
+        model = model.to(device=x.device, memory_format=layout)
         run = torch.compile(model, fullgraph=True) if case.startswith('compiled') else model
+        bf16 = torch.autocast(x.device.type, torch.bfloat16, enabled=case == 'bf16' or x.device.type == 'cuda')
 
-        def step() -> None:
-            with autocast:
+        def step(run: nn.Module = run, model: nn.Module = model, bf16: torch.autocast = bf16) -> None:
+            with bf16:
                 loss = run(x).float().square().mean()
             loss.backward()
             model.zero_grad()
 
-        return {'': step}
-
-    models = {'': make().eval(), ' folded': folded(make())}
-    if case == 'onnx':
-        return {suffix: onnx_session(model, x) for suffix, model in models.items()}
-    found = {}
-    for suffix, model in models.items():
-        run = torch.compile(prepared(model), fullgraph=True) if case == 'compiled' else prepared(model)
-
         @torch.inference_mode()
-        def forward(run: nn.Module = run) -> torch.Tensor:
-            with autocast:
+        def forward(run: nn.Module = run, bf16: torch.autocast = bf16) -> torch.Tensor:
+            with bf16:
                 return run(x)
 
-        found[suffix] = forward
+        found[suffix] = step if case.endswith('train') else forward
     return found
 
 
-def onnx_session(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
+def export(model: nn.Module, x: torch.Tensor, folder: str) -> str:
+    file = f'{folder}/model.onnx'
+    torch.onnx.export(model, (x.contiguous(),), file, dynamo=True, verbose=False, external_data=False)
+    return file
+
+
+def onnxruntime_session(model: nn.Module, x: torch.Tensor) -> Run:
     import onnxruntime
 
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        file = f'{folder}/model.onnx'
-        torch.onnx.export(model, (x,), file, dynamo=True, verbose=False, external_data=False)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
-    inputs = {session.get_inputs()[0].name: x.numpy()}
+        session = onnxruntime.InferenceSession(export(model, x, folder), options, providers=['CPUExecutionProvider'])
+    inputs = {session.get_inputs()[0].name: x.contiguous().numpy()}
     return lambda: torch.from_numpy(session.run(None, inputs)[0])
 
 
-def seconds(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    if device.type == 'cuda':
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
-    began = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.perf_counter() - began) / repeats
+def openvino_model(model: nn.Module, x: torch.Tensor) -> Run:
+    import openvino
+
+    settings = {'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': 'f32'}
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = openvino.Core().compile_model(export(model, x, folder), 'CPU', settings)
+    return lambda: torch.from_numpy(compiled(x.contiguous().numpy())[0])
 
 
-def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
-    """Returns a row for each contender; ratios are its speed over that of others, in the median of the rounds."""
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    torch.manual_seed(0)
-    x = torch.randn(args.batch, 3, args.size, args.size, device=device).contiguous(memory_format=LAYOUTS[args.layout])
-    runs: Dict[str, Callable[[], Any]] = {}
-    for name, make in contenders(args.model).items():
-        for suffix, run in runners(args.case, make, x, amp=device.type == 'cuda').items():
-            runs[name + suffix] = run
-    if not args.case.endswith('train'):
-        check({name: run() for name, run in runs.items() if name.removesuffix(' folded') in SAME}, args.case)
-
-    times: Dict[str, List[float]] = {name: [] for name in runs}
-    order = list(runs)
-    for number in tqdm(range(args.rounds + args.warmup), unit='round', leave=False):
-        for name in order:
-            took = seconds(runs[name], args.repeats, device)
-            if number >= args.warmup:
-                times[name].append(took)
-        order = order[1:] + order[:1]  # so that none always follows the same one
-
-    settings = {key: getattr(args, key) for key in ('model', 'case', 'layout', 'batch', 'size', 'rounds', 'repeats')}
-    rows = []
-    for name, mine in times.items():
-        over = {other: statistics.median(np.divide(theirs, mine)) for other, theirs in times.items() if other != name}
-        quartiles = statistics.quantiles(mine, n=4) if len(mine) > 1 else [mine[0]] * 3
-        rows.append(settings | {'contender': name, 'quartiles': quartiles, 'least': min(mine), 'speed over': over})
-    return rows
+EXPORTED = {'onnx': onnxruntime_session, 'openvino': openvino_model}
 
 
-def check(outputs: Dict[str, torch.Tensor], case: str) -> None:
+def check(outputs: Dict[str, torch.Tensor], loose: bool) -> None:
     """Compares the outputs of networks that are the same.
 
     Raises:
         RuntimeError: Where one is another network after all.
     """
-    reference = outputs['timm_sknet'].float()
+    reference = next(output for name, output in outputs.items() if name.startswith('timm_sknet')).float()
     for name, output in outputs.items():
         distance = ((output.float() - reference).abs().max() / reference.abs().max()).item()
-        if not distance < (0.05 if case == 'bf16' or output.dtype != torch.float32 else 1e-4):
+        if not distance < (0.05 if loose or output.dtype != torch.float32 else 1e-4):
             raise RuntimeError(f'{name} is another network: its output differs by {distance:.1e}.')
+
+
+def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
+    """Returns a row for each contender; ratios are its speed over that of others, in the median of the rounds."""
+    x = images(args.batch, args.size, args.layout)
+    if args.case in EXPORTED:
+        x = x.cpu()
+    runs: Dict[str, Run] = {}
+    for name, make in contenders(args.model).items():
+        if args.only and name not in args.only:
+            continue
+        for suffix, run in runners(args.case, make, x).items():
+            runs[name + suffix] = run
+    if not args.case.endswith('train'):
+        same = {name: run() for name, run in runs.items() if name.removesuffix(' folded') in SAME}
+        check(same, loose=args.case == 'bf16' or device().type == 'cuda')
+
+    times = interleaved(runs, args.rounds, args.warmup, args.repeats)
+    settings = {key: getattr(args, key) for key in ('model', 'case', 'layout', 'batch', 'size')}
+    return [
+        {
+            'settings': settings,
+            'contender': name,
+            'rounds': args.rounds,
+            'quartiles': quartiles(mine),
+            'least': min(mine),
+            'speed over': {other: ratio(theirs, mine) for other, theirs in times.items()},
+        }
+        for name, mine in times.items()
+    ]
 
 
 def table(rows: List[Dict[str, Any]]) -> str:
     """Returns the rows as Markdown: milliseconds, and speed over each reference."""
-    names = [row['contender'] for row in rows]
-    references = [name for name in names if not name.startswith(('timm_sknet', 'pytorchcv', 'holocron'))]
+    references = [row['contender'] for row in rows if not row['contender'].startswith(OURS_AND_GUESTS)]
     lines = [['', 'median ms', 'quartiles', 'least', *(f'over {name}' for name in references)]]
-    lines.append(['---'] + ['--:'] * (len(lines[0]) - 1))
     for row in rows:
         low, median, high = (f'{1e3 * q:.1f}' for q in row['quartiles'])
-        ratios = [f'{row["speed over"].get(name, 1):.2f}' for name in references]
+        ratios = [f'{row["speed over"][name]:.2f}' for name in references]
         lines.append([row['contender'], median, f'{low}-{high}', f'{1e3 * row["least"]:.1f}', *ratios])
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+    return markdown(lines)
+
+
+OURS_AND_GUESTS: Tuple[str, ...] = ('timm_sknet', 'pytorchcv', 'holocron')
 
 
 def main() -> None:
@@ -156,16 +150,14 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=10)
     parser.add_argument('--warmup', type=int, default=2)
     parser.add_argument('--repeats', type=int, default=1, help='runs in a row that are timed together')
+    parser.add_argument('--only', nargs='+', metavar='CONTENDER', help='leave out the others')
     parser.add_argument('--out', type=Path)
     args = parser.parse_args()
 
     rows = measure(args)
-    print(f'{args.model}, {args.case}, {args.layout}, batch {args.batch}, size {args.size}\n\n{table(rows)}')
+    print(f'{args.model}, {args.case}, {args.layout}, batch {args.batch}, size {args.size}\n\n{table(rows)}\n')
     if args.out:
-        known = json.loads(args.out.read_text()) if args.out.exists() else []
-        unfinished = args.out.with_suffix('.unfinished')
-        unfinished.write_text(json.dumps(known + [{**row, 'machine': machine()} for row in rows], indent=1))
-        os.replace(unfinished, args.out)
+        keep(rows, args.out)
 
 
 if __name__ == '__main__':

@@ -96,6 +96,7 @@ class SelectiveKernelAttn(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.M = M
+        self.channels = channels
         self.fc1 = nn.Conv2d(channels, attn_channels, 1, bias=False, **dd)
         self.bn = get_norm_act_layer(norm_layer, act_layer)(attn_channels, **dd)
         self.fc2 = nn.Conv2d(attn_channels, M * channels, 1, bias=False, **dd)
@@ -120,10 +121,10 @@ class SelectiveKernelAttn(nn.Module):
             if self.bn.training and isinstance(self.bn, nn.BatchNorm2d):
                 _check_batch(s)
         z = self.bn(self.fc1(s))
-        logits = self.fc2(z).unflatten(1, (-1, s.shape[1])).flatten(2)
+        logits = self.fc2(z)
         if self.signs is not None:
-            return (logits * self.signs).sigmoid()
-        return logits.softmax(dim=1)
+            return (logits.reshape(-1, 1, self.channels) * self.signs).sigmoid()
+        return logits.reshape(-1, self.M, self.channels).softmax(dim=1)
 
 
 class SelectiveKernelConv(nn.Module):

@@ -42,7 +42,7 @@ def select(U: List[Tensor], a: Tensor) -> Tensor:
     Returns:
         V, (B, C, H, W), in the branches' dtype and memory format.
     """
-    a = a.to(U[0].dtype)[:, :, :, None, None]
+    a = a.to(U[0].dtype).unsqueeze(3).unsqueeze(4)
     if len(U) == 2:
         if not torch.jit.is_scripting():
             if torch.compiler.is_exporting() or torch.jit.is_tracing():  # in ONNX, lerp is eight operators

@@ -1,0 +1,106 @@
+"""What the benchmarks share: interleaved rounds, rows in a JSON file, and what machine they are of."""
+
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+LAYOUTS = {'channels_last': torch.channels_last, 'NCHW': torch.contiguous_format}
+Times = Dict[str, List[float]]
+
+
+def device() -> torch.device:
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def images(batch: int, size: int, layout: str) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(batch, 3, size, size, device=device()).contiguous(memory_format=LAYOUTS[layout])
+
+
+def interleaved(runs: Dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, repeats: int = 1) -> Times:
+    """Times each run once in each round, in seconds.
+
+    Args:
+        runs: What to run, by name.
+        rounds: Rounds that count.
+        warmup: Rounds before those.
+        repeats: Runs in a row that are timed together.
+    """
+    times: Times = {name: [] for name in runs}
+    order = list(runs)
+    for number in tqdm(range(rounds + warmup), unit='round', leave=False):
+        for name in order:
+            took = seconds(runs[name], repeats)
+            if number >= warmup:
+                times[name].append(took)
+        order = order[1:] + order[:1]  # so that none always follows the same one
+    return times
+
+
+def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
+    if device().type == 'cuda':
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+    began = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - began) / repeats
+
+
+def ratio(theirs: Sequence[float], mine: Sequence[float]) -> float:
+    """Returns the median over the rounds of their time over mine: how many times as fast I am."""
+    return statistics.median(np.divide(theirs, mine))
+
+
+def quartiles(times: List[float]) -> List[float]:
+    return statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+
+
+def keep(rows: List[Dict[str, Any]], file: Path) -> None:
+    """Puts rows into a JSON file, in place of those that were measured with the same settings."""
+    known = json.loads(file.read_text()) if file.exists() else []
+    settings = [row['settings'] for row in rows]
+    rows = [row for row in known if row['settings'] not in settings] + [{**row, 'machine': machine()} for row in rows]
+    unfinished = file.with_suffix('.unfinished')
+    unfinished.write_text(json.dumps(rows, indent=1) + '\n')
+    os.replace(unfinished, file)
+
+
+def markdown(lines: List[List[str]]) -> str:
+    """Returns a table whose first column is text, the others numbers."""
+    lines = [lines[0], ['---'] + ['--:'] * (len(lines[0]) - 1), *lines[1:]]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+PACKAGES = 'torch', 'timm', 'timm_sknet', 'onnxruntime', 'openvino', 'pytorchcv', 'holocron'
+
+
+def machine() -> Dict[str, str]:
+    """Returns versions and machine, for the record beside each figure."""
+    with open('/proc/cpuinfo') as file:
+        cpu = re.search(r'model name\s*: (.*)', file.read())
+    found = {name: importlib.import_module(name) for name in PACKAGES if importlib.util.find_spec(name)}
+    return {
+        'python': platform.python_version(),
+        **{name: module.__version__ for name, module in found.items() if hasattr(module, '__version__')},
+        'cpu': cpu[1] if cpu else platform.processor(),
+        'isa': torch.backends.cpu.get_cpu_capability(),
+        'threads': str(torch.get_num_threads()),
+        'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else '',
+    }

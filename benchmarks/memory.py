@@ -1,0 +1,107 @@
+"""Measures what a training step of an SKNet keeps and takes, beside its peers, as it is and with checkpointing.
+
+    python benchmarks/memory.py --model sknet50 --batch 8 --out results.json
+
+"saved" is what autograd keeps from forward to backward, without parameters and images. "peak" is how far the resident
+memory of a process (on a GPU: the memory allocated) rises in its second step over that before the first.
+"""
+
+import argparse
+import multiprocessing
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+from contenders import contenders
+from measure import LAYOUTS, device, images, keep, markdown
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+
+def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """Returns the size of the storages that a forward pass keeps for backward, without parameters, buffers and x."""
+    known = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
+    kept: Dict[int, torch.Tensor] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t  # alive, so that no other storage gets its address
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        out = model(x)
+    del out
+    return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in known)
+
+
+def resident(what: str, reset: bool = False) -> int:
+    """Returns the bytes of memory that this process holds ('RSS') or has held at most ('HWM') since the last reset."""
+    if reset:
+        Path('/proc/self/clear_refs').write_text('5')
+    return 1024 * int(re.search(rf'Vm{what}:\s*(\d+) kB', Path('/proc/self/status').read_text())[1])
+
+
+def step(name: str, checkpointed: bool, args: argparse.Namespace) -> Optional[Dict[str, Any]]:
+    """Returns the figures of one network; to be run in a process of its own."""
+    model = contenders(args.model)[name]().train()
+    if checkpointed:
+        if not hasattr(model, 'set_grad_checkpointing'):
+            return None
+        model.set_grad_checkpointing()
+    model.to(device=device(), memory_format=LAYOUTS[args.layout])
+    x = images(args.batch, args.size, args.layout)
+    gpu = device().type == 'cuda'
+    before = torch.cuda.memory_allocated() if gpu else resident('RSS', reset=True)
+    for _ in range(2):
+        with torch.autocast('cuda', torch.bfloat16, enabled=gpu):
+            loss = model(x).float().square().mean()
+        loss.backward()
+    peak = torch.cuda.max_memory_allocated() if gpu else resident('HWM')
+    row: Dict[str, Any] = {'contender': name + ' checkpointed' * checkpointed, 'peak': peak - before}
+    if not checkpointed:
+        with torch.autocast('cuda', torch.bfloat16, enabled=gpu):
+            row['saved'] = saved_bytes(model, x)
+    return row
+
+
+def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
+    settings = {'case': 'memory', **{key: getattr(args, key) for key in ('model', 'layout', 'batch', 'size')}}
+    rows = []
+    for name in contenders(args.model):
+        for checkpointed in False, True:
+            with multiprocessing.get_context('spawn').Pool(1) as pool:
+                row = pool.apply(step, (name, checkpointed, args))
+            if row:
+                rows.append({'settings': settings, **row})
+    return rows
+
+
+def table(rows: List[Dict[str, Any]]) -> str:
+    """Returns the rows as Markdown: MB, and as a multiple of the network without selection."""
+    base = next(row for row in rows if row['contender'] in ('timm ResNeXt', 'without selection'))
+    lines = [['', 'saved MB', f'over {base["contender"]}', 'peak MB', f'over {base["contender"]}']]
+    for row in rows:
+        cells = []
+        for key in 'saved', 'peak':
+            cells += [f'{row[key] / 1e6:.0f}', f'{row[key] / base[key]:.3f}'] if key in row else ['', '']
+        lines.append([row['contender'], *cells])
+    return markdown(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='sknet50')
+    parser.add_argument('--layout', choices=LAYOUTS, default='channels_last')
+    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--size', type=int, default=224)
+    parser.add_argument('--out', type=Path)
+    args = parser.parse_args()
+
+    rows = measure(args)
+    print(f'{args.model}, a training step, {args.layout}, batch {args.batch}, size {args.size}\n\n{table(rows)}\n')
+    if args.out:
+        keep(rows, args.out)
+
+
+if __name__ == '__main__':
+    main()

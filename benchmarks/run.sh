@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Measures everything that RESULTS.md shows and writes it again: benchmarks/run.sh [ROUNDS], on a machine that does
+# nothing else. Takes 40 minutes on two cores. Wants the extra `bench`; the first step installs pylocron, which pins old
+# versions of huggingface_hub and pillow, without its dependencies into a folder of its own.
+set -euo pipefail
+cd "$(dirname "$0")"
+python=${PYTHON:-../.venv/bin/python}
+rounds=${1:-8}
+out=(--out results.json)
+
+"$python" -m pip install -q --no-deps --target ../.cache/pylocron pylocron==0.3.0 fastprogress==1.0.3
+export PYTHONPATH=../.cache/pylocron PYTHONWARNINGS=ignore
+
+alike=(timm_sknet attention-free 'timm SK' 'timm ResNeXt')  # compilation takes a minute for each of the others
+
+speed() { "$python" speed.py "${out[@]}" --rounds "$rounds" "$@"; }
+
+for layout in channels_last NCHW; do
+    speed --layout $layout
+    speed --layout $layout --batch 1 --repeats 4
+    speed --layout $layout --case train
+    speed --layout $layout --case compiled --only "${alike[@]}"
+    speed --layout $layout --case 'compiled train' --only "${alike[@]}"
+done
+speed --case bf16
+for batch in 8 1; do
+    speed --case onnx --layout NCHW --batch $batch
+    speed --case openvino --layout NCHW --batch $batch
+done
+speed --model sknet101
+speed --model sk_shufflenetv2_x1_0
+speed --model sknet29_16x32d --size 32
+"$python" memory.py "${out[@]}"
+"$python" scaling.py "${out[@]}"
+"$python" report.py results.json RESULTS.md
