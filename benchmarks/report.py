@@ -1,6 +1,6 @@
 """Writes RESULTS.md and its pictures from what the benchmarks have measured.
 
-    python benchmarks/report.py benchmarks/results.json benchmarks/RESULTS.md
+python benchmarks/report.py benchmarks/results.json benchmarks/RESULTS.md
 """
 
 import argparse
@@ -77,7 +77,7 @@ COMMANDS = {'memory': 'memory.py', 'scaling': 'scaling.py'}
 def groups(rows: List[Row]) -> List[List[Row]]:
     """Returns the rows of the same settings together, in the order of `TITLES`; all of scaling as one."""
     found: Dict[str, List[Row]] = {}
-    for row in sorted(rows, key=lambda row: (row['settings'].get('model') != 'sknet50')):
+    for row in sorted(rows, key=lambda row: row['settings'].get('model') != 'sknet50'):
         key = 'scaling' if row['settings']['case'] == 'scaling' else json.dumps(row['settings'], sort_keys=True)
         found.setdefault(key, []).append(row)
     return sorted(found.values(), key=lambda group: list(TITLES).index(group[0]['settings']['case']))
@@ -115,7 +115,12 @@ def command(settings: Dict[str, Any]) -> str:
 
 def draw_speed(rows: List[Row], file: Path) -> None:
     """Bars: the speed of each network over that of ResNeXt-50 in the same run, folded where it is inference."""
-    cases = [('eval', '', ' folded'), ('compiled', ', compiled', ' folded'), ('train', '', ''), ('compiled train', '', '')]
+    cases = [
+        ('eval', '', ' folded'),
+        ('compiled', ', compiled', ' folded'),
+        ('train', '', ''),
+        ('compiled train', '', ''),
+    ]
     bars = []
     for case, _, suffix in cases:
         for layout in 'channels_last', 'NCHW':
@@ -158,7 +163,9 @@ def draw_scaling(rows: List[Row], file: Path) -> None:
         ax.plot(x, y[-1] * x / x[-1], color='#999999', ls='--', label='as the MACs')
         ax.errorbar(x, y, yerr=(y - low, high - y), color=COLOURS['timm_sknet'], marker='o', capsize=3)
         for row, px, py in zip(mine, x, y):
-            ax.annotate(row['place'][curve], (px, py), textcoords='offset points', xytext=(-6, 7), ha='center', fontsize=8)
+            ax.annotate(
+                row['place'][curve], (px, py), textcoords='offset points', xytext=(-6, 7), ha='center', fontsize=8
+            )
         ax.set(xscale='log', yscale='log', xlabel='GMACs', ylabel='ms', title=titles[curve])
         ax.margins(0.12)
         ax.text(0.95, 0.06, f'exponent {scaling.exponent(mine):.2f}', transform=ax.transAxes, ha='right')

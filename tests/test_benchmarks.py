@@ -1,26 +1,73 @@
-"""The benchmarks run, on networks that are what they are said to be."""
+"""The benchmarks run, on networks that are what they are said to be, and RESULTS.md shows what they measured."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SPEED = Path(__file__).parents[1] / 'benchmarks' / 'speed.py'
+BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+
+
+def run(program, *args):
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / program, *map(str, args)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('case', ['eval', 'train'])
 def test_speed_compares_outputs_and_keeps_a_row_for_each_network(tmp_path, case):
     out = tmp_path / 'rows.json'
-    command = [SPEED, '--size', 64, '--batch', 2, '--rounds', 2, '--warmup', 1, '--case', case, '--out', out]
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    shown = run('speed.py', '--size', 64, '--batch', 2, '--rounds', 2, '--warmup', 1, '--case', case, '--out', out)
     rows = {row['contender']: row for row in json.loads(out.read_text())}
-    suffixes = ('',) if case == 'train' else ('', ' folded')
+    suffixes = ('', ' checkpointed') if case == 'train' else ('', ' folded')
     for name in 'timm_sknet', 'attention-free', 'timm ResNeXt', 'timm SK':
         for suffix in suffixes:
-            assert rows[name + suffix]['least'] > 0 and f'| {name}{suffix} |' in done.stdout
+            assert rows[name + suffix]['least'] > 0 and f'| {name}{suffix} |' in shown
     there, back = rows['timm_sknet']['speed over'], rows['timm SK']['speed over']
     assert 0.5 < there['timm SK'] * back['timm_sknet'] < 2
+
+
+@pytest.mark.slow
+def test_speed_of_exported_graphs(tmp_path):
+    out = tmp_path / 'rows.json'
+    for _ in range(2):  # the second replaces the rows of the first
+        run('speed.py', '--model', 'sknet12', '--size', 32, '--batch', 2, '--rounds', 2, '--case', 'onnx', '--out', out)
+    rows = {row['contender']: row for row in json.loads(out.read_text())}
+    assert len(rows) == len(json.loads(out.read_text()))
+    assert set(rows) == {'timm_sknet folded', 'attention-free folded', 'without selection folded'}
+    assert all(row['machine']['onnxruntime'] for row in rows.values())
+
+
+@pytest.mark.slow
+def test_memory_of_each_network_as_it_is_and_checkpointed(tmp_path):
+    out = tmp_path / 'rows.json'
+    run('memory.py', '--model', 'sknet12', '--size', 64, '--batch', 64, '--out', out)
+    rows = {row['contender']: row for row in json.loads(out.read_text())}
+    assert rows['without selection']['saved'] < rows['timm_sknet']['saved'] < rows['attention-free']['saved']
+    for row in rows.values():
+        assert row['peak'] > row.get('saved', 0) > 0 or 'checkpointed' in row['contender']
+    assert rows['timm_sknet checkpointed']['peak'] < rows['timm_sknet']['peak']
+
+
+@pytest.mark.slow
+def test_scaling_counts_what_it_times(tmp_path):
+    out = tmp_path / 'rows.json'
+    assert run('scaling.py', '--rounds', 1, '--warmup', 0, '--out', out).count('| batch |') == 1
+    rows = {tuple(row['place'].values()): row for row in json.loads(out.read_text())}
+    assert rows[224, 1, 2]['macs'] == pytest.approx(4.463e9, rel=0.005)
+    assert rows[224, 8, 2]['macs'] == 8 * rows[224, 1, 2]['macs']
+    assert rows[224, 8, 1]['macs'] < rows[224, 8, 2]['macs'] < rows[224, 8, 3]['macs']
+
+
+def test_the_report_is_of_the_results(tmp_path):
+    run('report.py', BENCHMARKS / 'results.json', tmp_path / 'RESULTS.md')
+    shown = (tmp_path / 'RESULTS.md').read_text()
+    assert shown == (BENCHMARKS / 'RESULTS.md').read_text()
+    for picture in re.findall(r'\]\((.*\.png)\)', shown):
+        assert (tmp_path / picture).stat().st_size > 10_000 and (BENCHMARKS / picture).exists()

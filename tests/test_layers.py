@@ -253,6 +253,7 @@ def test_script_trace_and_export_agree_with_eager(branches):
     batch = torch.export.Dim('batch', min=1)
     forms = dict(
         script=torch.jit.script(layer),
+        trace=torch.jit.trace(layer, x),
         fx=torch.fx.symbolic_trace(layer),
         export=torch.export.export(layer, (x,), dynamic_shapes=({0: batch},)).module(),
     )
