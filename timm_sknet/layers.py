@@ -100,6 +100,7 @@ class SelectiveKernelAttn(nn.Module):
         self.fc1 = nn.Conv2d(channels, attn_channels, 1, bias=False, **dd)
         self.bn = get_norm_act_layer(norm_layer, act_layer)(attn_channels, **dd)
         self.fc2 = nn.Conv2d(attn_channels, M * channels, 1, bias=False, **dd)
+        self.signs: Optional[Tensor]
         self.register_buffer('signs', None, persistent=False)
 
     def reparameterize(self) -> None:
@@ -147,8 +148,8 @@ class SelectiveKernelConv(nn.Module):
         norm_layer: Normalisation of branches and attention, class or name.
 
     In training on a CPU, with plain batch norms, it keeps one map for each branch until backward, and V; autograd alone
-    keeps two for each. That is for first derivatives: `SelectiveKernelConv.lean = False` (of the class, or of one layer)
-    brings back what `torch.func`, forward mode and higher derivatives need.
+    keeps two for each. That is for first derivatives: `lean = False`, of the class or of one layer, brings back what
+    `torch.func`, forward mode and higher derivatives need.
 
     Raises:
         ValueError: For branches, stride or widths that no such layer can have.

@@ -62,14 +62,15 @@ def train_unit(maps: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d], attn: nn
 
     Args:
         maps: The M outputs of the branches' convolutions, each (B, C, H, W), with B > 1.
-        norms: Their batch norms, in training mode, affine and with running statistics.
+        norms: Their batch norms, in training mode, affine, with running statistics and a momentum.
         attn: The attention, which maps s, (B, C, 1, 1), to a, (B, M, C).
 
     Returns:
         V, (B, C, H, W). It can be differentiated once.
     """
     for norm in norms:
-        norm.num_batches_tracked.add_(1)
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
     affine = [norm.weight for norm in norms] + [norm.bias for norm in norms]
     return _TrainUnit.apply(norms, attn, *maps, *affine, *attn.parameters())
 
@@ -80,8 +81,10 @@ class _TrainUnit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, norms: Sequence[nn.BatchNorm2d], attn: nn.Module, *inputs: Tensor) -> Tensor:
         M = len(norms)
-        U, saved = [], []
+        U: List[Tensor] = []
+        saved: List[Tensor] = []
         for norm, c, weight, bias in zip(norms, inputs, inputs[M:], inputs[2 * M :]):
+            assert norm.momentum is not None
             u, mean, invstd = torch.native_batch_norm(
                 c, weight, bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
             )
