@@ -47,9 +47,9 @@ def test_speed_of_exported_graphs(tmp_path):
 @pytest.mark.slow
 def test_memory_of_each_network_as_it_is_and_checkpointed(tmp_path):
     out = tmp_path / 'rows.json'
-    run('memory.py', '--model', 'sknet12', '--size', 64, '--batch', 64, '--out', out)
+    run('memory.py', '--size', 64, '--batch', 16, '--out', out)
     rows = {row['contender']: row for row in json.loads(out.read_text())}
-    assert rows['without selection']['saved'] < rows['timm_sknet']['saved'] < rows['attention-free']['saved']
+    assert rows['timm ResNeXt']['saved'] < rows['timm_sknet']['saved'] < rows['attention-free']['saved']
     for row in rows.values():
         assert row['peak'] > row.get('saved', 0) > 0 or 'checkpointed' in row['contender']
     assert rows['timm_sknet checkpointed']['peak'] < rows['timm_sknet']['peak']
