@@ -59,6 +59,19 @@ TARGETS = [
     Target('bf16 autocast', 'bf16', 'channels_last', 8, 'timm_sknet', SK, 1.0),
     *(Target('ONNX Runtime, folded', 'onnx', 'NCHW', batch, FOLDED, f'{SK} folded', 1.0) for batch in (8, 1)),
 ]
+# What the README shows: case, layout, contender, and what its rivals' names end in.
+SUMMARY = [
+    ('inference, channels_last', 'eval', 'channels_last', 'timm_sknet', ''),
+    ('inference, channels_last, all folded', 'eval', 'channels_last', FOLDED, ' folded'),
+    ('inference, contiguous', 'eval', 'NCHW', 'timm_sknet', ''),
+    ('inference, contiguous, all folded', 'eval', 'NCHW', FOLDED, ' folded'),
+    ('inference, channels_last, bfloat16 autocast', 'bf16', 'channels_last', 'timm_sknet', ''),
+    ('inference, channels_last, compiled', 'compiled', 'channels_last', 'timm_sknet', ''),
+    ('ONNX Runtime, all folded', 'onnx', 'NCHW', FOLDED, ' folded'),
+    ('training step, channels_last', 'train', 'channels_last', 'timm_sknet', ''),
+    ('training step, contiguous', 'train', 'NCHW', 'timm_sknet', ''),
+    ('training step, channels_last, compiled', 'compiled train', 'channels_last', 'timm_sknet', ''),
+]
 MOST_SAVED = 1.10  # activations of a training step, over ResNeXt's
 TITLES = {
     'eval': 'Inference',
@@ -104,6 +117,20 @@ def targets(rows: List[Row]) -> str:
         lines.append(
             ['saved activations', 'channels_last', '8', 'timm ResNeXt', f'<= {MOST_SAVED:.2f}', f'{value:.3f}', reached]
         )
+    return markdown(lines)
+
+
+def summary(rows: List[Row]) -> str:
+    """Returns the few figures that the README shows too."""
+    lines = [['`sknet50`, 224x224, batch 8', "speed over timm's SK", 'over ResNeXt-50 32x4d']]
+    for what, case, layout, mine, theirs in SUMMARY:
+        at = Target('', case, layout, 8, mine, '', 0)
+        ratios = [ratio(rows, at._replace(theirs=other + theirs)) for other in (SK, 'timm ResNeXt')]
+        lines.append([what, *('' if value is None else f'{value:.2f}' for value in ratios)])
+    saved = {row['contender']: row.get('saved') for row in rows if row['settings']['case'] == 'memory'}
+    if saved:
+        ratios = [saved['timm_sknet'] / saved[other] for other in (SK, 'timm ResNeXt')]
+        lines.append(['memory kept for backward (less is better)', *(f'{value:.2f}' for value in ratios)])
     return markdown(lines)
 
 
@@ -193,6 +220,7 @@ def report(rows: List[Row], name: str) -> str:
         '"attention-free" is the same network with V = U_1 + U_2, which no SK convolution of these branches can beat. '
         'holocron (pylocron) is another network: 35M parameters, sigmoid before the softmax, 10 classes.',
         *(f'Machine: {", ".join(f"{k} {v}" for k, v in json.loads(m).items() if v)}.' for m in machines),
+        f'## In short\n\n{summary(rows)}',
         f'## Targets\n\n{targets(rows)}',
         f'![Speed over ResNeXt-50]({name}_speed.png)',
     ]

@@ -71,3 +71,5 @@ def test_the_report_is_of_the_results(tmp_path):
     assert shown == (BENCHMARKS / 'RESULTS.md').read_text()
     for picture in re.findall(r'\]\((.*\.png)\)', shown):
         assert (tmp_path / picture).stat().st_size > 10_000 and (BENCHMARKS / picture).exists()
+    summary = shown.split('## In short')[1].split('##')[0].strip()
+    assert summary in (BENCHMARKS.parent / 'README.md').read_text()
