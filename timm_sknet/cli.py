@@ -26,6 +26,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         The exit code, see `EXIT_CODES`; 130 after Ctrl-C and 141 when stdout was closed, as shells have it.
     """
     args = _parser().parse_args(argv)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing unfinished is left behind
     try:
         code = args.run(args)
         sys.stdout.flush()  # a closed pipe is noticed here and not at exit, where Python would complain
@@ -34,6 +35,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in the buffer at exit
         return 141
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return code
 
 
@@ -64,6 +67,40 @@ def _parser() -> argparse.ArgumentParser:
         help='likeliest classes to show (default: %(default)s)',
     )
     predict.add_argument('--json', action='store_true', help='print one JSON list of {file, predictions}')
+
+    attention = commands.add_parser(
+        'attention',
+        help='draw what the SK units select as objects grow',
+        description='Draw the attention of SK units to the wide branch, less that to the narrow one, as images are '
+        "enlarged about their centre: the paper's figures. Of image files, each with every unit and the channels of "
+        'one; of a folder, the mean over its images in every unit and over each class in some. The folder that an '
+        'image lies in is its class. A run over a folder that was interrupted goes on from there when it is repeated.',
+        epilog=EXIT_CODES,
+    )
+    attention.set_defaults(run=_attention)
+    attention.add_argument('paths', nargs='+', metavar='IMAGE|FOLDER', help='files, or folders with all below them')
+    attention.add_argument(
+        '--model',
+        default=DEFAULT_MODEL,
+        metavar='NAME',
+        help='any model of timm with SK units and weights, hf-hub:ORG/REPO or local-dir:FOLDER '
+        '(default: %(default)s, built in)',
+    )
+    attention.add_argument('--out', required=True, type=Path, metavar='FIGURE', help='the figure, .png or .svg')
+    attention.add_argument('--csv', type=Path, metavar='FILE', help='write the figures behind the figure, too')
+    attention.add_argument(
+        '--scales', nargs='+', type=float, default=[1.0, 1.5, 2.0], metavar='S', help='(default: 1 1.5 2)'
+    )
+    attention.add_argument(
+        '--units',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        help="units whose classes or channels are shown, such as SK_3_4 (default: the paper's choice)",
+    )
+    attention.add_argument(
+        '--workers', type=_whole, default=0, metavar='N', help='processes that read images (default: %(default)s)'
+    )
 
     models = commands.add_parser('models', help='list the models', description='List the models and their figures.')
     models.set_defaults(run=_models)
@@ -184,6 +221,64 @@ def _predict(args: argparse.Namespace) -> int:
     return (1 if done else 2) if failed else 0
 
 
+def _attention(args: argparse.Namespace) -> int:
+    try:
+        from timm_sknet.figures import FORMATS, MOST_IMAGES, draw_classes, draw_images
+    except ImportError:
+        return _refuse(ImportError("Figures need matplotlib: pip install 'timm-sknet[plot]'."))
+    from timm_sknet.attention import find_units, scale_experiment, table, typical_units, write_csv
+    from timm_sknet.predict import find_images, load_model, read_image
+
+    failed = []
+
+    def fail(error: ValueError) -> None:
+        failed.append(error)
+        _complain(str(error))
+
+    by_class = any(os.path.isdir(path) for path in args.paths)
+    try:
+        for option, file, endings in ('--out', args.out, FORMATS), ('--csv', args.csv, ('.csv',)):
+            if file and file.suffix.lower() not in endings:
+                raise ValueError(f'{option} must end in {" or ".join(endings)}, got {str(file)!r}.')
+            if file and not file.parent.is_dir():
+                raise ValueError(f'There is no folder {str(file.parent)!r} to write {option} {file.name} to: make it.')
+        files = [file for path in args.paths for file in find_images(path)]
+        if not by_class and len(files) > MOST_IMAGES:
+            raise ValueError(
+                f'{len(files)} images do not fit into one figure: give {MOST_IMAGES} at most, or a folder of them.'
+            )
+        model = load_model(args.model)
+        known = list(find_units(model))
+        units = args.units or typical_units(known)[slice(None) if by_class else slice(1, 2)]
+        unknown = [name for name in units if name not in known]
+        if unknown:
+            raise ValueError(f'{args.model} has no unit {", ".join(unknown)}. It has {", ".join(known)}.')
+
+        if by_class:
+            state = args.out.with_name(f'{args.out.name}.state')
+            results = [scale_experiment(model, files, args.scales, args.workers, state, fail)]
+            draw_classes(results[0], units, args.out)
+        else:
+            readable = []
+            for file in files:
+                try:
+                    read_image(file)
+                    readable.append(file)
+                except ValueError as e:
+                    fail(e)
+            if not readable:
+                return 2
+            results = [scale_experiment(model, [file], args.scales) for file in readable]
+            draw_images(model, results, units, args.out)
+        if args.csv:
+            groups = [result.classes if by_class else [str(file) for file in result.files] for result in results]
+            write_csv([row for result, names in zip(results, groups) for row in table(result, names)], args.csv)
+    except (OSError, RuntimeError, ValueError) as e:
+        return _refuse(e)
+    print(f'{args.out} is drawn.')
+    return 1 if failed else 0
+
+
 def _models(args: argparse.Namespace) -> int:
     from timm_sknet.table import format_table, model_table
 
@@ -196,7 +291,6 @@ def _convert(args: argparse.Namespace) -> int:
 
     from timm_sknet.convert import convert
 
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing unfinished is left behind
     try:
         convert(
             args.source,
@@ -212,8 +306,6 @@ def _convert(args: argparse.Namespace) -> int:
         )
     except (ValueError, OSError, SafetensorError, ImportError, MemoryError) as e:
         return _refuse(e)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     print(f'{args.out} is written. Load it with timm.create_model({f"local-dir:{args.out}"!r}, pretrained=True).')
     return 0
 

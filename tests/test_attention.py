@@ -1,0 +1,406 @@
+"""Recording attention, the scale experiment, and the figures of `timm-sknet attention`."""
+
+import csv
+import math
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from timm.layers import SelectiveKernel
+from timm.utils import reparameterize_model
+from torch import nn
+
+from timm_sknet import SelectiveKernelConv, attention
+from timm_sknet.attention import EnlargedImages, record, scale_experiment, table
+from timm_sknet.cli import main
+from timm_sknet.figures import draw_classes
+
+M2 = [[3, 1, 4], [3, 2, 4]]
+
+
+def alive(model):
+    """Gives attention far from 1/M, and batch norms statistics of their own."""
+    torch.manual_seed(0)
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.normal_(m.weight, std=2 / m.weight[0].numel() ** 0.5)
+        elif isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(std=0.1)
+            m.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def by_hand(layer, x):
+    """Attention weights of our layer or timm's, (B, M, C), from its weights alone."""
+    branches, attn = (layer.branches if isinstance(layer, SelectiveKernelConv) else layer.paths), layer.attn
+    conv = torch.nn.functional.conv2d
+
+    def norm(c, bn):
+        return torch.nn.functional.batch_norm(c, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps).relu()
+
+    U = [
+        norm(conv(x, b.conv.weight, None, b.conv.stride, b.conv.padding, b.conv.dilation, b.conv.groups), b.bn)
+        for b in branches
+    ]
+    s = sum(U).mean((2, 3), keepdim=True)
+    ours = isinstance(layer, SelectiveKernelConv)
+    z = norm(conv(s, (attn.fc1 if ours else attn.fc_reduce).weight), attn.bn)
+    logits = conv(z, (attn.fc2 if ours else attn.fc_select).weight).reshape(len(x), len(U), -1)
+    return logits.exp() / logits.exp().sum(1, keepdim=True)
+
+
+LAYERS = {
+    'ours': lambda: SelectiveKernelConv(8, 16, branches=M2),
+    'ours with three branches': lambda: SelectiveKernelConv(8, 16, branches=[*M2, [5, 1, 1]], stride=2),
+    'timm': lambda: SelectiveKernel(8, 16, split_input=False),
+}
+
+
+@pytest.mark.parametrize('folded', [False, True])
+@pytest.mark.parametrize('name', LAYERS)
+def test_statistics_are_those_of_attention_computed_by_hand(name, folded):
+    layer = alive(nn.Sequential(LAYERS[name]())).double()
+    batches = [torch.randn(B, 8, 9, 7, dtype=torch.float64) for B in (3, 1, 4)]
+    a = torch.cat([by_hand(layer[0], x) for x in batches])
+    assert (a.amax(1) - a.amin(1)).mean() > 0.1
+    model = reparameterize_model(layer) if folded else layer
+    with torch.no_grad(), record(model) as units:
+        for x in batches:
+            model(x)
+    (unit,) = units.values()
+    assert unit.count == 8 and unit.path == '0'
+    close = dict(rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(unit.last, a[4:], **close)
+    torch.testing.assert_close(unit.mean, a.mean(0), **close)
+    torch.testing.assert_close(unit.std, a.std(0, correction=0), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(unit.mean.sum(0), torch.ones(16, dtype=torch.float64), **close)
+    extents = [3, 5] if a.shape[1] == 2 else [3, 5, 5]
+    assert unit.extents == extents
+    torch.testing.assert_close(unit.extent, sum(e * a[:, i].mean(0) for i, e in enumerate(extents)), **close)
+    torch.testing.assert_close(unit.difference, (a[:, -1] - a[:, 0]).mean(0), **close)
+
+
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('name', ['sknet12', 'sk_shufflenetv2_x0_5', 'skresnet18'])
+def test_recording_changes_no_bit_of_outputs_and_gradients(name, training):
+    model = alive(timm.create_model(name, num_classes=10)).double().train(training)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+
+    def run():
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        return y, [p.grad for p in model.parameters()]
+
+    y, grads = run()
+    with record(model) as units:
+        recorded, recorded_grads = run()
+    assert all(unit.count == 2 and not unit.last.requires_grad for unit in units.values())
+    assert torch.equal(y, recorded)
+    for expected, found in zip(grads, recorded_grads):  # those of training are rounded otherwise, being not lean then
+        assert (found - expected).norm() <= (1e-9 if training else 0) * expected.norm()
+    assert torch.equal(model(x), y) and units['SK_3_2'].count == 2  # nothing is left behind
+
+
+@pytest.mark.parametrize(
+    'name, options, number, expected',
+    [
+        ('sknet50', {}, 16, {'SK_2_3': 'stages.0.2.sk', 'SK_3_4': 'stages.1.3.sk', 'SK_5_3': 'stages.3.2.sk'}),
+        ('sknet50', {'features_only': True}, 16, {'SK_3_4': 'stages_1.3.sk'}),
+        ('skresnext50_32x4d', {}, 16, {'SK_2_3': 'layer1.2.conv2', 'SK_5_3': 'layer4.2.conv2'}),
+        ('sk_shufflenetv2_x0_5', {}, 19, {'SK_2_1.shortcut.0': 'stages.0.0.shortcut.0', 'SK_4_4': 'stages.2.3.sk'}),
+    ],
+)
+def test_units_have_the_papers_names(name, options, number, expected):
+    units = attention.find_units(timm.create_model(name, **options))
+    assert len(units) == number
+    assert {key: units[key][0] for key in expected} == expected
+    if name == 'sknet50':
+        assert attention.typical_units(list(units)) == ['SK_2_3', 'SK_3_4', 'SK_5_3']
+
+
+def test_units_of_any_network_have_the_names_of_their_modules():
+    model = nn.ModuleDict({'a': SelectiveKernelConv(8, branches=M2), 'b': SelectiveKernelConv(8, branches=[[3, 1, 1]])})
+    assert list(attention.find_units(model)) == ['a']  # one branch has nothing to select
+    assert attention.typical_units(['a', 'b', 'c', 'd']) == ['a', 'b', 'd']
+
+
+def test_extents_are_those_of_the_dilated_network():
+    model = timm.create_model('sknet50_m3', output_stride=16, num_classes=2)
+    with torch.no_grad(), record(model.eval()) as units:
+        model(torch.zeros(1, 3, 32, 32))
+    assert units['SK_2_1'].extents == [3, 5, 7] and units['SK_5_2'].extents == [5, 9, 13]
+
+
+def test_memory_does_not_grow():
+    model = alive(timm.create_model('sknet12'))
+
+    def held(units):
+        tensors = [v for unit in units.values() for v in vars(unit).values() if isinstance(v, torch.Tensor)]
+        return sum(t.untyped_storage().nbytes() for t in tensors)
+
+    sizes = []
+    with record(model) as units:
+        for _ in range(4):
+            model(torch.randn(2, 3, 32, 32))
+            sizes.append(held(units))
+    assert len(set(sizes)) == 1 and sizes[0] < 20_000
+
+
+def test_recording_begun_in_inference_mode_goes_on_outside():
+    model = alive(timm.create_model('sknet12'))
+    with torch.inference_mode():
+        context = record(model)
+        units = context.__enter__()
+        model(torch.zeros(1, 3, 32, 32))
+    model(torch.zeros(2, 3, 32, 32))
+    context.__exit__(None, None, None)
+    assert units['SK_2_1'].count == 3
+
+
+@pytest.mark.slow
+def test_a_model_compiled_within_records_and_stops():
+    model = alive(timm.create_model('sknet12'))
+    batches = [torch.randn(B, 3, 32, 32) for B in (2, 3, 5)]
+    with torch.no_grad():
+        with record(model) as eager:
+            expected = [model(x) for x in batches]
+        with record(model) as units:
+            compiled = torch.compile(model, fullgraph=True)
+            found = [compiled(x) for x in batches]
+        compiled(batches[0])
+    for unit in units.values():
+        assert unit.count == 10
+        torch.testing.assert_close(unit.mean, eager[unit.name].mean, rtol=1e-4, atol=1e-5)
+    for y, x in zip(found, expected):
+        torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4)
+
+
+def compiled_within(model):
+    wrapped = nn.Sequential(model)
+    wrapped[0].stages[0].compile()
+    return wrapped
+
+
+@pytest.mark.parametrize('compiled', [torch.compile, lambda m: nn.Sequential(torch.compile(m)), compiled_within])
+def test_a_model_that_is_compiled_already_is_refused(compiled):
+    with pytest.raises(RuntimeError, match=r'compiled before recording began.*compiled = torch.compile\(model\)'):
+        with record(compiled(timm.create_model('sknet12'))):
+            pytest.fail('recording has begun')
+
+
+def test_a_recording_that_saw_nothing_says_so():
+    model = timm.create_model('sknet12')
+    with pytest.raises(RuntimeError, match='no forward pass was seen.*where it is compiled'):
+        with record(model) as units:
+            with pytest.raises(RuntimeError, match='SK_2_1 has no attention yet'):
+                units['SK_2_1'].mean  # noqa: B018
+    with pytest.raises(RuntimeError, match='has no attention yet'):
+        units['SK_2_1'].std  # noqa: B018
+
+
+def test_an_error_within_is_the_users_own_and_leaves_no_hook():
+    model = timm.create_model('sknet12')
+    with pytest.raises(KeyError, match='own'):
+        with record(model):
+            raise KeyError('own')
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_model_without_units_is_refused():
+    with pytest.raises(ValueError, match='ResNet has no SK unit of two or more branches'):
+        with record(timm.create_model('resnet18')):
+            pass
+
+
+# The scale experiment
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """12 images in the classes cat and dog, and one file that is no image."""
+    torch.manual_seed(0)
+    for name in 'cat', 'dog':
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        for i in range(6):
+            noise = torch.randint(256, (8, 8, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(noise).resize((48, 40)).save(tmp_path / 'data' / name / f'{i}.png')
+    (tmp_path / 'data' / 'cat' / 'broken.png').write_bytes(b'no image')
+    return tmp_path / 'data'
+
+
+@pytest.fixture(scope='module')
+def model():
+    return timm.create_model('sknet12.cifar10', pretrained=True).eval()
+
+
+def test_images_are_enlarged_about_their_centre(tmp_path, model):
+    for size in (32, 96):
+        pixels = np.zeros((size, size), np.uint8)
+        quarter = size // 4
+        pixels[quarter:-quarter, quarter:-quarter] = 255  # a square of half the width
+        Image.fromarray(pixels).convert('RGB').save(tmp_path / 'square.png')
+        images = EnlargedImages(model, [tmp_path / 'square.png'], [1, 1.5, 2])[0]
+        assert images.shape == (3, 3, 32, 32)
+        config = resolve_data_config({}, model=model)
+        assert torch.equal(images[0], create_transform(**config)(Image.open(tmp_path / 'square.png')))
+        white = images[:, 0] > 0
+        for share, scale in zip(white.float().mean((1, 2)), (1, 1.5, 2)):
+            assert share == pytest.approx(min(1, 0.25 * scale**2), abs=0.04)
+        assert torch.equal(white, white.flip(1)) and torch.equal(white, white.flip(2))
+
+
+def files_of(folder):
+    return sorted(folder.rglob('*.png'))
+
+
+def test_the_experiment_is_that_of_recording_each_image(folder, model):
+    complaints = []
+    found = scale_experiment(model, files_of(folder), [1, 2], on_error=complaints.append)
+    assert [file.name for file in found.files] == [f'{i}.png' for i in range(6)] * 2
+    assert found.classes == ['cat'] * 6 + ['dog'] * 6
+    assert len(complaints) == 1 and 'broken.png: not an image' in str(complaints[0])
+    profile = torch.zeros_like(found.profile['SK_3_2'])
+    for n, images in enumerate(EnlargedImages(model, found.files, [1, 2])[i] for i in range(12)):
+        for s, image in enumerate(images):
+            with torch.no_grad(), record(model) as units:
+                model(image[None])
+            for u, unit in enumerate(units.values()):
+                assert found.difference[n, s, u] == pytest.approx(unit.difference.mean().item(), abs=1e-5)
+                assert found.extent[n, s, u] == pytest.approx(unit.extent.mean().item(), abs=1e-5)
+            profile[s] += units['SK_3_2'].difference / 12
+    torch.testing.assert_close(found.profile['SK_3_2'], profile, rtol=1e-5, atol=1e-5)
+    rows = table(found, found.classes)
+    assert len(rows) == 2 * 2 * 5 and rows[0]['images'] == 6
+    cats = found.difference[:6, 1, 0].mean().item()
+    assert [r['difference'] for r in rows if (r['group'], r['unit'], r['scale']) == ('cat', 'SK_2_1', 2)] == [
+        pytest.approx(cats)
+    ]
+
+
+def test_images_are_read_by_workers_too(folder, model):
+    alone = scale_experiment(model, files_of(folder))
+    assert torch.equal(scale_experiment(model, files_of(folder), workers=2).difference, alone.difference)
+
+
+def test_an_interrupted_experiment_goes_on(folder, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, 'BATCH_SIZE', 6)  # two images of three scales at a time
+    files, state = files_of(folder), tmp_path / 'state'
+    whole = scale_experiment(model, files)
+    seen = []
+
+    def interrupt(module, args):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(len(args[0]))
+
+    handle = model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        scale_experiment(model, files, state=state)
+    assert state.exists() and sum(seen) == 18
+    handle.remove()
+    kept = state.read_bytes()
+
+    seen.clear()
+    handle = model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    again = scale_experiment(model, files, state=state)
+    assert sum(seen) == 18 and not state.exists()
+    assert torch.equal(again.difference, whole.difference) and torch.equal(again.extent, whole.extent)
+    for name, profile in whole.profile.items():
+        torch.testing.assert_close(again.profile[name], profile)
+
+    for other, scales in (kept, [1, 2]), (b'not a state', [1, 1.5, 2]):  # another run's, and none
+        seen.clear()
+        state.write_bytes(other)
+        scale_experiment(model, files, scales, state=state)
+        assert sum(seen) == 12 * len(scales) and not state.exists()
+    handle.remove()
+
+
+@pytest.mark.parametrize('scales', [[], [0.5], [1, math.nan], [math.inf]])
+def test_scales_that_do_not_enlarge_are_refused(scales, model, folder):
+    with pytest.raises(ValueError, match='at least 1'):
+        scale_experiment(model, files_of(folder), scales)
+
+
+# The command
+
+
+def run(capsys, *argv):
+    code = main(['attention', *map(str, argv)])
+    return code, *capsys.readouterr()
+
+
+def test_the_command_draws_a_folder_by_class(folder, tmp_path, capsys):
+    out, figures = tmp_path / 'figure.png', tmp_path / 'figures.csv'
+    code, said, complaint = run(capsys, folder, '--out', out, '--csv', figures, '--units', 'SK_3_2', 'SK_4_2')
+    assert (code, said) == (1, f'{out} is drawn.\n') and 'broken.png' in complaint
+    assert min(Image.open(out).size) > 500
+    with open(figures) as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 2 * 3 * 5 and {row['group'] for row in rows} == {'cat', 'dog'}
+    assert all(-1 < float(row['difference']) < 1 and 3 < float(row['extent']) < 5 for row in rows)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['data', 'figure.png', 'figures.csv']
+
+
+def test_the_command_draws_single_images(folder, tmp_path, capsys):
+    out, figures = tmp_path / 'figure.svg', tmp_path / 'figures.csv'
+    images = [folder / 'cat' / '0.png', folder / 'dog' / '1.png']
+    assert run(capsys, *images, '--scales', 1, 3, '--out', out, '--csv', figures)[0] == 0
+    assert xml.etree.ElementTree.parse(out).getroot().tag.endswith('svg')
+    with open(figures) as f:
+        assert {row['group'] for row in csv.DictReader(f)} == set(map(str, images))
+    assert run(capsys, images[0], folder / 'cat' / 'broken.png', '--out', out)[0] == 1
+
+
+def test_a_thousand_classes_can_be_drawn(tmp_path):
+    classes = [f'n{i:08d}' for i in range(1000)]
+    units = {name: attention.Unit(name, '', *attention.find_units(timm.create_model('sknet12'))[name][1:]) for name in
+             ['SK_2_1', 'SK_3_2']}  # fmt: skip
+    difference = torch.rand(1000, 3, 2)
+    found = attention.ScaleResult(
+        files=[], classes=classes, scales=[1, 1.5, 2], units=units, difference=difference, extent=difference, profile={}
+    )
+    draw_classes(found, list(units), tmp_path / 'figure.png')
+    assert Image.open(tmp_path / 'figure.png').size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    'argv, complaint',
+    [
+        (['{folder}', '--out', 'figure.pdf'], "--out must end in .png or .svg, got 'figure.pdf'"),
+        (['{folder}', '--out', 'nowhere/figure.png'], "no folder 'nowhere'"),
+        (['{folder}', '--out', 'figure.png', '--csv', 'figures.txt'], '--csv must end in .csv'),
+        (['{folder}', '--out', 'figure.png', '--units', 'SK_9_9'], 'has no unit SK_9_9. It has SK_2_1, SK_3_1'),
+        (['{folder}', '--out', 'figure.png', '--scales', '0.5'], 'at least 1'),
+        (['{folder}/cat/broken.png', '--out', 'figure.png'], 'not an image'),
+        (['{folder}/none.png', '--out', 'figure.png'], 'none.png'),
+        (['{empty}', '--out', 'figure.png'], 'no image in this folder'),
+        (['{folder}/cat/0.png'] + ['{folder}/cat/1.png'] * 12 + ['--out', 'figure.png'], '13 images do not fit'),
+        (['{folder}', '--out', 'figure.png', '--model', 'sknet13'], "'sknet13' cannot be loaded"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_nothing_is_written(argv, complaint, folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / 'here').mkdir()
+    (tmp_path / 'empty').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    code, said, err = run(capsys, *[arg.format(folder=folder, empty=tmp_path / 'empty') for arg in argv])
+    assert (code, said) == (2, '') and complaint in err and len(err.splitlines()) == 1
+    assert not list((tmp_path / 'here').iterdir())
+
+
+def test_a_model_without_units_cannot_be_drawn(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('timm_sknet.predict.load_model', lambda name: timm.create_model('resnet18').eval())
+    code, _, err = run(capsys, folder, '--out', tmp_path / 'figure.png')
+    assert code == 2 and 'no SK unit' in err
+
+
+def test_without_matplotlib_the_remedy_is_named(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'matplotlib', None)
+    monkeypatch.delitem(__import__('sys').modules, 'timm_sknet.figures')
+    code, _, err = run(capsys, folder, '--out', tmp_path / 'figure.png')
+    assert code == 2 and "pip install 'timm-sknet[plot]'" in err
