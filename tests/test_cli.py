@@ -313,3 +313,14 @@ def test_a_model_that_fails_on_the_images_ends_in_one_line(capsys, monkeypatch, 
     monkeypatch.setattr('timm_sknet.network.SKNet.forward', lambda self, x: 1 / 0)
     code, out, err = run(capsys, 'predict', '--model', model)
     assert code == 2 and not out and 'ZeroDivisionError' in err and err.count('\n') == 1
+
+
+def test_recipes_are_listed_and_found(capsys):
+    code, out, _ = run(capsys, 'recipe')
+    names = [line.split()[0] for line in out.splitlines()]
+    assert code == 0 and {'imagenet', 'cifar', 'finetune', 'sknet12_cifar10'} <= set(names)
+    for name, line in zip(names, out.splitlines()):
+        code, path, _ = run(capsys, 'recipe', name)
+        assert code == 0 and Path(path.strip()).is_file() and line.endswith('.') and len(line) < 120
+    code, out, err = run(capsys, 'recipe', 'resnet')
+    assert (code, out) == (2, '') and "no recipe 'resnet'. There are cifar, " in err

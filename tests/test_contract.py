@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from hub import hub
 from PIL import Image
 
 SCRIPTS = Path(os.environ.get('TIMM_SCRIPTS', 'missing'))
@@ -70,8 +71,7 @@ def trained(images, tmp_path_factory):
     """The folder of a run of train.py: one epoch, then a second one resumed from its checkpoint."""
     assert not (SCRIPTS / 'timm').exists(), f'{SCRIPTS} must not bring a timm of its own'
     out = tmp_path_factory.mktemp('train')
-    recipe = python('-c', 'import timm_sknet; print(timm_sknet.__path__[0])', cwd=out).strip()
-    recipe += '/recipes/sknet12_cifar10.yaml'
+    recipe = python('-m', 'timm_sknet', 'recipe', 'sknet12_cifar10', cwd=out).strip()
     run = [
         *(SCRIPTS / 'train.py', '-c', recipe, '--data-dir', images, *CPU, '--num-classes', 3, '-b', 6, '--output', out),
         *('--experiment', 'run', '--grad-checkpointing', '--layer-decay', 0.9, '--model-ema', '--channels-last'),
@@ -93,6 +93,37 @@ def test_train_keeps_checkpoints_and_figures(trained):
     assert state['epoch'] == 1 and state['arch'] == 'sknet12'
     assert state['state_dict'].keys() == state['state_dict_ema'].keys()
     assert 'stages.2.1.sk.branches.1.conv.weight' in state['state_dict']
+
+
+@needs_scripts
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'recipe, options',
+    [
+        ('imagenet', ('--model', 'sknet26', '--img-size', 64)),
+        ('imagenet', ('--img-size', 64)),
+        ('imagenet', ('--model', 'sknet101', '--img-size', 64)),
+        ('imagenet_light', ('--img-size', 64)),
+        ('imagenet_light', ('--model', 'sk_shufflenetv2_x0_5', '--img-size', 64)),
+        ('cifar', ('--num-classes', 100)),
+        ('cifar_modern', ('--num-classes', 10)),
+        ('finetune', ('--num-classes', 3, '--img-size', 64)),
+        ('sknet14_imagenette128', ()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '_'.join(map(str, value[1::2])),
+)
+def test_train_takes_a_few_steps_of_each_recipe(recipe, options, images, repo, tmp_path):
+    file = python('-m', 'timm_sknet', 'recipe', recipe, cwd=tmp_path).strip()
+    arguments = ('-c', file, '--data-dir', images, *CPU, *options, '-b', 8, '--epochs', 1, '--workers', 1)
+    with hub(repo) as address:  # from which the weights are fine-tuned
+        log = python(
+            *(SCRIPTS / 'train.py', *arguments, '--warmup-epochs', 0, '--output', tmp_path, '--experiment', 'run'),
+            cwd=tmp_path,
+            HF_ENDPOINT=address,
+            HF_HOME=str(tmp_path / 'cache'),
+            HF_HUB_OFFLINE='0',
+        )
+    assert re.search(r'Train: 0 \[ +2/3 \(100%\)\] +Loss: [\d.]+ ', log)  # a number, not nan
 
 
 @needs_scripts

@@ -106,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     models.set_defaults(run=_models)
     models.add_argument('--markdown', action='store_true', help="print the README's table")
 
+    recipe = commands.add_parser(
+        'recipe',
+        help="find a recipe for timm's train.py",
+        description="Print the path of a recipe, for timm's train.py -c; without a name, list the recipes.",
+    )
+    recipe.set_defaults(run=_recipe)
+    recipe.add_argument('name', nargs='?', metavar='NAME')
+
     convert = commands.add_parser(
         'convert',
         help="convert the authors' files and other weights",
@@ -283,6 +291,19 @@ def _models(args: argparse.Namespace) -> int:
     from timm_sknet.table import format_table, model_table
 
     print(format_table(model_table(), markdown=args.markdown))
+    return 0
+
+
+def _recipe(args: argparse.Namespace) -> int:
+    recipes = {file.stem: file for file in sorted((Path(__file__).parent / 'recipes').glob('*.yaml'))}
+    if not args.name:
+        for name, file in recipes.items():
+            what, *_ = file.read_text().splitlines()
+            print(f'{name:24}{what.removeprefix("# ")}')
+        return 0
+    if args.name not in recipes:
+        return _refuse(ValueError(f'There is no recipe {args.name!r}. There are {", ".join(recipes)}.'))
+    print(recipes[args.name])
     return 0
 
 
