@@ -52,7 +52,7 @@ clean:
 # and its oldest release in a folder of its own. Of a sdist only the tests, or its timm would be imported.
 .venv/installed-tests: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) install -c constraints.txt -e '.[test]'
+	$(PIP) install -c constraints.txt -e '.[test,ecosystem]'
 	rm -rf .cache/timm
 	$(PIP) install --no-deps --target .cache/timm/oldest timm==$(OLDEST_TIMM)
 	set -e; for version in $(OLDEST_TIMM) $$(.venv/bin/python -c 'from timm import __version__; print(__version__)'); do \

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hub import hub
 from PIL import Image
 
@@ -232,33 +231,3 @@ def test_onnx_export_gives_the_models_own_logits(tmp_path, exporter):
     with torch.no_grad():
         expected = timm.create_model('sknet12', pretrained=True).eval()(x)
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
-
-
-def _gradients(rank, folder):
-    """Saves the gradients of half of the batch, averaged over two processes, or without a rank of the whole."""
-    import timm
-    from torch import distributed
-    from torch.nn.parallel import DistributedDataParallel
-
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    model = timm.create_model('sknet12', num_classes=3).eval()  # BN by running statistics: the same in halves
-    generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8) % 3
-    parallel = model
-    if rank is not None:
-        distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
-        parallel = DistributedDataParallel(model)
-        x, y = x.chunk(2)[rank], y.chunk(2)[rank]
-    torch.nn.functional.cross_entropy(parallel(x), y).backward()
-    if not rank:
-        torch.save({k: p.grad for k, p in model.named_parameters()}, f'{folder}/{"whole" if rank is None else 0}.pt')
-    if rank is not None:
-        distributed.destroy_process_group()
-
-
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    _gradients(None, tmp_path)
-    mp.spawn(_gradients, (tmp_path,), nprocs=2)
-    whole, shared = (torch.load(tmp_path / name, weights_only=True) for name in ('whole.pt', '0.pt'))
-    torch.testing.assert_close(shared, whole, rtol=1e-4, atol=1e-6)

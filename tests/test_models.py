@@ -21,6 +21,7 @@ SIZES = {  # parameters, GMACs of convolutions and linears (shared with nobody: 
     'sknet50_m3': (29_249_512, 4.694),
     'sknet29_16x32d': (27_739_626, 4.181),
     'sknet12': (460_186, 0.0444),
+    'sknet14': (457_978, 0.1383),
     'sk_shufflenetv2_x0_5': (1_478_432, 0.0424),
     'sk_shufflenetv2_x1_0': (2_543_040, 0.1493),
     'sk_resnet50': (26_154_496, 4.147),
@@ -28,7 +29,8 @@ SIZES = {  # parameters, GMACs of convolutions and linears (shared with nobody: 
 }
 CIFAR = ['sknet12', 'sknet29_16x32d']
 SHUFFLE = [name for name in model_cfgs if 'shuffle' in name]
-IMAGENET = [name for name in model_cfgs if name not in CIFAR]
+TEN_CLASSES = [*CIFAR, 'sknet14']
+IMAGENET = [name for name in model_cfgs if name not in TEN_CLASSES]
 ONE_OF_EACH = ['sknet12', 'sk_shufflenetv2_x0_5', 'sknet26']  # every kind of unit
 
 
@@ -227,6 +229,8 @@ def test_features_only(name):
     model = meta(name, features_only=True)
     if name in CIFAR:
         assert model.feature_info.reduction() == [1, 2, 4]
+    elif name == 'sknet14':
+        assert model.feature_info.reduction() == [2, 4, 8, 16]
     else:
         assert model.feature_info.reduction() == [2, 4, 8, 16, 32]
     picked = meta(name, features_only=True, out_indices=(1, 2)).eval()
@@ -300,8 +304,8 @@ def test_cfgs_say_whose_weights_and_which_licence(name):
         for field in 'origin_url', 'paper_ids', 'paper_name', 'description', 'notes':
             assert getattr(cfg, field), field
         assert bool(cfg.license) == bool(cfg.has_weights)
-        assert cfg.num_classes == (10 if name in CIFAR else 1000)
-        assert len(cfg.label_names or ()) == (10 if name in CIFAR else 0)
+        assert cfg.num_classes == (10 if name in TEN_CLASSES else 1000)
+        assert len(cfg.label_names or ()) == (10 if name in TEN_CLASSES else 0)
 
 
 @pytest.mark.parametrize('name', [name for name in model_cfgs if not default_cfgs[name].is_pretrained])

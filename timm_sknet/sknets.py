@@ -67,6 +67,17 @@ model_cfgs = dict(
         branches=((3, 1, 1), (3, 2, 1)),
         L=16,
     ),
+    sknet14=SKNetCfg(
+        unit='basic',
+        depths=(1, 2, 2, 1),
+        mid_widths=(16, 32, 64, 96),
+        widths=(16, 32, 64, 96),
+        strides=(1, 2, 2, 2),
+        stem=(16, 3, 2),
+        stem_pool='',
+        branches=((3, 1, 1), (3, 2, 1)),
+        L=16,
+    ),
     sk_shufflenetv2_x0_5=_SHUFFLENET,
     sk_shufflenetv2_x1_0=replace(_SHUFFLENET, mid_widths=(58, 116, 232), widths=(116, 232, 464)),
     sk_resnet50=_SK_RESNET,
@@ -113,6 +124,25 @@ _CIFAR10 = _IMAGENET | dict(
     crop_pct=1.0,
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2470, 0.2435, 0.2616),
+)
+_IMAGENETTE = _IMAGENET | dict(
+    num_classes=10,
+    label_names=(
+        'tench',
+        'English springer',
+        'cassette player',
+        'chain saw',
+        'church',
+        'French horn',
+        'garbage truck',
+        'gas pump',
+        'golf ball',
+        'parachute',
+    ),
+    input_size=(3, 128, 128),
+    pool_size=(8, 8),
+    crop_pct=1.0,
+    interpolation='bicubic',
 )
 
 
@@ -213,6 +243,18 @@ weights = {
         dataset='cifar10',
         measured=91.74,
     ),
+    'sknet14.imagenette128': Weights(
+        _IMAGENETTE
+        | dict(
+            file=str(Path(__file__).parent / 'weights' / 'sknet14.imagenette128.safetensors'),
+            license='apache-2.0',
+            origin_url='https://arxiv.org/abs/1903.06586',  # the paper: the network and its weights are ours
+            description='A small SKNet of basic blocks, trained on Imagenette at 128x128 and shipped in the package.',
+            notes=("Weights by the authors of timm_sknet, Apache-2.0, trained with timm's train.py.",),
+        ),
+        dataset='imagenette',
+        measured=88.64,
+    ),
     'sk_shufflenetv2_x0_5.untrained': _untrained('ShuffleNetV2 0.5x with SK convolutions, our reading of the paper.'),
     'sk_shufflenetv2_x1_0.untrained': _untrained('ShuffleNetV2 1.0x with SK convolutions, our reading of the paper.'),
     'sk_resnet50.authors_in1k': _authors('sk_resnet50', _DRIVE + '1DGYWPeKc7dyJ9i-zPJcPPa2engExPOnJ'),
@@ -299,6 +341,12 @@ def sknet29_16x32d(pretrained: bool = False, **kwargs: Any) -> SKNet:
 def sknet12(pretrained: bool = False, **kwargs: Any) -> SKNet:
     """SKNet-12 for CIFAR: five basic blocks whose first layer is an SK convolution (ours, not in the paper)."""
     return _create('sknet12', pretrained, **kwargs)
+
+
+@register_model
+def sknet14(pretrained: bool = False, **kwargs: Any) -> SKNet:
+    """SKNet-14 for small photographs: six basic blocks whose first layer is an SK convolution (ours)."""
+    return _create('sknet14', pretrained, **kwargs)
 
 
 @register_model

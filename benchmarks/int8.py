@@ -1,0 +1,98 @@
+"""Quantises a network to int8 by PT2E, convolutions included, and measures accuracy and speed beside float32.
+
+    python benchmarks/int8.py CIFAR10 --model sknet12.cifar10
+
+The folder holds class folders in train/, of which images are drawn to calibrate on, and in val/, whose top-1 is
+measured. Everything is folded, channels_last and, but for the first line, compiled; each network runs once in a round.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Optional, Tuple
+
+import timm
+import torch
+import torch._inductor.config
+from measure import interleaved, markdown, ratio
+from timm.data import ImageDataset, create_transform, resolve_data_config
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+)
+
+aten = torch.ops.aten
+
+
+def quantise(model: nn.Module, images: Tensor, batch: int = 64) -> torch.fx.GraphModule:
+    """Returns the model with weights and maps of int8, whose ranges are those that the images have."""
+    graph = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim('batch')},)).module()
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(graph, quantizer)
+    for x in images.split(batch):
+        prepared(x)
+    return convert_pt2e(prepared)
+
+
+def quantised_layers(graph: torch.fx.GraphModule) -> Tuple[int, int]:
+    """Returns how many convolutions and linear layers have weights of int8, and how many there are."""
+    layers = [node for node in graph.graph.nodes if node.target in (aten.conv2d.default, aten.linear.default)]
+    return sum('dequantize_per_channel' in str(node.args[1].target) for node in layers), len(layers)
+
+
+def read(folder: Path, model: nn.Module, limit: Optional[int] = None) -> Tuple[Tensor, Tensor]:
+    """Returns images as the model wants them, (N, C, H, W), and their classes; at most `limit`, drawn at random."""
+    names = model.pretrained_cfg.get('label_names')
+    class_map = {name: i for i, name in enumerate(names)} if names else ''
+    transform = create_transform(**resolve_data_config(model=model))
+    dataset = ImageDataset(str(folder), class_map=class_map, transform=transform)
+    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit]
+    images, classes = zip(*(dataset[i] for i in drawn.tolist()))
+    return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.tensor(classes)
+
+
+def top1(model: nn.Module, images: Tensor, classes: Tensor, batch: int) -> float:
+    right = [model(x).argmax(1) == y for x, y in zip(images.split(batch), classes.split(batch))]
+    return 100 * torch.cat(right).float().mean().item()
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', type=Path)
+    parser.add_argument('--model', default='sknet12.cifar10')
+    parser.add_argument('--calibrate', type=int, default=1024, help='number of training images')
+    parser.add_argument('--batch', type=int, default=100, help='must divide the number of images in val/')
+    parser.add_argument('--rounds', type=int, default=20, help='0: run int8 eagerly, and time nothing')
+    args = parser.parse_args()
+
+    model = timm.create_model(args.model, pretrained=True).eval()
+    model = reparameterize_model(model).to(memory_format=torch.channels_last)
+    images, classes = read(args.folder / 'val', model)
+    int8 = quantise(model, read(args.folder / 'train', model, args.calibrate)[0])
+    number, of = quantised_layers(int8)
+    print(f'{args.model}: {number} of {of} convolutions and linear layers in int8, {len(images)} images\n')
+
+    models = {'float32': model, 'int8, not compiled': int8}
+    if args.rounds:
+        # As an option of torch.compile it comes too late: dynamo reads it, and unless it knows that weights are
+        # constants, inductor cannot pack those of int8.
+        torch._inductor.config.freezing = True
+        models = {'float32': model, 'float32, compiled': torch.compile(model), 'int8, compiled': torch.compile(int8)}
+    lines = [[name, f'{top1(m, images, classes, args.batch):.2f}'] for name, m in models.items()]
+    if not args.rounds:
+        print(markdown([['', 'top-1'], *lines]))
+        return
+    x = images[: args.batch]
+    times = interleaved({name: lambda m=m: m(x) for name, m in models.items()}, args.rounds, repeats=3)
+    for line in lines:
+        mine = times[line[0]]
+        line += [f'{args.batch / statistics.median(mine):.0f}', f'{ratio(times["float32, compiled"], mine):.2f}']
+    print(markdown([['', 'top-1', 'images/s', 'over float32, compiled'], *lines]))
+
+
+if __name__ == '__main__':
+    main()
