@@ -231,11 +231,11 @@ class SelectiveKernelConv(nn.Module):
             return False
         return (
             self.lean
-            and self.attn is not None
+            and type(self.attn) is SelectiveKernelAttn  # not one that keeps its output, say
             and x.device.type == 'cpu'
             and x.shape[0] > 1
             and torch.is_grad_enabled()
-            and all(_plain_batch_norm(branch.bn) for branch in self.branches)
+            and all(type(branch) is ConvNormAct and _plain_batch_norm(branch.bn) for branch in self.branches)
             and not torch.jit.is_tracing()
             and not any(_hooked(m) for m in self.modules())
         )
