@@ -196,6 +196,21 @@ def _authors(model: str, url: str, cfg: Dict[str, Any] = _IMAGENET, **args: Any)
     )
 
 
+def _shipped(name: str, description: str, cfg: Dict[str, Any], dataset: str, measured: float) -> Weights:
+    return Weights(
+        cfg
+        | dict(
+            file=str(Path(__file__).parent / 'weights' / f'{name}.safetensors'),
+            license='apache-2.0',
+            origin_url='https://arxiv.org/abs/1903.06586',  # the paper: the network and its weights are ours
+            description=description,
+            notes=("Weights by the authors of timm_sknet, Apache-2.0, trained with timm's train.py.",),
+        ),
+        dataset=dataset,
+        measured=measured,
+    )
+
+
 _DRIVE = 'https://drive.google.com/file/d/'
 
 # The one table of weights: `model.tag`, the default of each model first. To add weights from the Hub, add an entry with
@@ -231,27 +246,17 @@ weights = {
     ),
     'sknet50_m3.untrained': _untrained('SKNet-50 of the paper with a third branch, dilation 3.'),
     'sknet29_16x32d.untrained': _untrained('SKNet-29 of the paper, for CIFAR.', _CIFAR10),
-    'sknet12.cifar10': Weights(
-        _CIFAR10
-        | dict(
-            file=str(Path(__file__).parent / 'weights' / 'sknet12.cifar10.safetensors'),
-            license='apache-2.0',
-            origin_url='https://arxiv.org/abs/1903.06586',  # the paper: the network and its weights are ours
-            description='A small SKNet of basic blocks, trained on CIFAR-10 and shipped in the package.',
-            notes=("Weights by the authors of timm_sknet, Apache-2.0, trained with timm's train.py.",),
-        ),
+    'sknet12.cifar10': _shipped(
+        'sknet12.cifar10',
+        'A small SKNet of basic blocks, trained on CIFAR-10 and shipped in the package.',
+        _CIFAR10,
         dataset='cifar10',
         measured=91.74,
     ),
-    'sknet14.imagenette128': Weights(
-        _IMAGENETTE
-        | dict(
-            file=str(Path(__file__).parent / 'weights' / 'sknet14.imagenette128.safetensors'),
-            license='apache-2.0',
-            origin_url='https://arxiv.org/abs/1903.06586',  # the paper: the network and its weights are ours
-            description='A small SKNet of basic blocks, trained on Imagenette at 128x128 and shipped in the package.',
-            notes=("Weights by the authors of timm_sknet, Apache-2.0, trained with timm's train.py.",),
-        ),
+    'sknet14.imagenette128': _shipped(
+        'sknet14.imagenette128',
+        'A small SKNet of basic blocks, trained on Imagenette at 128x128 and shipped in the package.',
+        _IMAGENETTE,
         dataset='imagenette',
         measured=88.64,
     ),
