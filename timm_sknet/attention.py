@@ -270,7 +270,7 @@ def scale_experiment(
     scales = [float(scale) for scale in scales]
     if not scales or not all(1 <= scale < math.inf for scale in scales):
         raise ValueError(f'Scales must be numbers of at least 1, by which images are enlarged, got {scales}.')
-    identity = _identity(model, files, scales)
+    identity = _identity(model, files, scales) if state else ''  # reads all weights
     kept = _load(state, identity)
     done = int(kept.pop('done', torch.tensor(0)))
     values = kept.pop('values', torch.full((len(files), 2, len(scales), len(find_units(model))), math.nan))
