@@ -29,7 +29,7 @@ class Operators(TorchDispatchMode):
         return out
 
 
-FREE = 'empty', 'promote_types'
+FREE = 'empty', 'empty_like', 'new_empty', 'promote_types'
 
 
 ATTENTION = {'mean': 2, 'add': 1, 'convolution': 4, 'lerp': 1}

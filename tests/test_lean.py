@@ -1,15 +1,19 @@
 """Training with one map for each branch equals training through autograd alone, and keeps less."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import timm
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from timm_sknet import SelectiveKernelConv
 from timm_sknet import ops as ops_module
+from timm_sknet.layers import SelectiveKernelAttn
 
 BRANCHES = [[3, 1, 4], [3, 2, 4], [1, 1, 2], [5, 1, 4]]
 
@@ -18,8 +22,8 @@ BRANCHES = [[3, 1, 4], [3, 2, 4], [1, 1, 2], [5, 1, 4]]
 def calls(monkeypatch):
     """Counts how often the lean path is taken."""
     calls = []
-    apply = ops_module._TrainUnit.apply
-    monkeypatch.setattr(ops_module._TrainUnit, 'apply', lambda *args: calls.append(1) or apply(*args))
+    apply = ops_module._Select.apply
+    monkeypatch.setattr(ops_module._Select, 'apply', lambda *args: calls.append(1) or apply(*args))
     return calls
 
 
@@ -163,13 +167,83 @@ def test_hooks_on_parameters_see_each_gradient_once():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_a_loss_on_the_attention_reaches_the_convolutions(calls):
-    layer, _ = pair()
-    seen = []
-    layer.attn.register_forward_hook(lambda module, args, a: seen.append(a))
-    layer(images(3, 16, 5, 5))
-    seen[0].square().sum().backward()
-    assert layer.branches[0].conv.weight.grad.abs().max() > 0 and not calls
+class Recorded(SelectiveKernelAttn):
+    """Keeps what it gives."""
+
+    def forward(self, s):
+        self.seen = super().forward(s)
+        return self.seen
+
+
+class Constant(nn.Module):
+    """Weighs all branches alike; has a parameter that it does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(3))
+
+    def forward(self, s):
+        return s.new_full((s.shape[0], 2, s.shape[1]), 0.5)
+
+
+def scripted(layer):
+    layer.attn = torch.jit.script(layer.attn)
+
+
+def hooked(layer):
+    layer.attn.register_forward_hook(lambda module, args, a: setattr(layer, 'seen', a))
+
+
+ATTENTIONS = {
+    'recorded': lambda layer: setattr(layer.attn, '__class__', Recorded),
+    'constant': lambda layer: setattr(layer, 'attn', Constant()),
+    'scripted': scripted,
+    'hooked': hooked,
+    'weight norm': lambda layer: torch.nn.utils.parametrizations.weight_norm(layer.attn.fc1),
+}
+
+
+@pytest.mark.parametrize('kind', ATTENTIONS)
+def test_any_attention_is_called_as_it_is(calls, kind):
+    layer, plain = pair()
+    for m in layer, plain:
+        ATTENTIONS[kind](m)
+        m(images(3, 16, 5, 5)).square().mean().backward()
+    assert calls
+    for (name, p), q in zip(layer.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize('with_output', [False, True], ids=['alone', 'beside the output'])
+def test_a_loss_on_the_attention_reaches_the_convolutions(calls, with_output):
+    layer, plain = pair()
+    for m in layer, plain:
+        m.attn.__class__ = Recorded
+        V = m(images(3, 16, 5, 5))
+        (m.attn.seen.square().sum() + with_output * V.square().mean()).backward()
+    assert calls and layer.branches[0].conv.weight.grad.abs().max() > 0
+    for (name, p), q in zip(layer.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_gradients_may_be_taken_piece_by_piece(calls):
+    layer, plain = pair()
+    grads = []
+    for m in layer, plain:
+        loss = m(images(3, 16, 5, 5)).square().sum()
+        first = torch.autograd.grad(loss, m.attn.fc2.weight, retain_graph=True)
+        grads.append([*first, *torch.autograd.grad(loss, [m.branches[0].conv.weight, m.attn.fc1.weight])])
+    assert calls
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-12)
+
+
+def test_frozen_branches_leave_the_attention_its_gradient(calls):
+    layer, plain = pair()
+    for m in layer, plain:
+        m.branches.requires_grad_(False)
+        m(images(3, 16, 5, 5)).square().sum().backward()
+    assert calls
+    torch.testing.assert_close(layer.attn.fc1.weight.grad, plain.attn.fc1.weight.grad, rtol=1e-9, atol=1e-12)
 
 
 def plain_reason(kind):
@@ -194,6 +268,16 @@ def plain_reason(kind):
         layer.branches[0].register_forward_hook(lambda *args: None)
     if kind == 'hook on an activation':
         layer.branches[0].bn.act.register_forward_pre_hook(lambda *args: None)
+    if kind == 'patched branch':
+        layer.branches[1].forward = layer.branches[1].forward
+    if kind == 'scripted branch':
+        layer.branches[1] = torch.jit.script(layer.branches[1])
+    if kind == 'dropout in a norm':
+        layer.branches[1].bn.drop = nn.Dropout(0.5)
+    if kind == 'anti-aliasing':
+        layer.branches[0].aa = layer.branches[1].aa = nn.AvgPool2d(2)
+    if kind == 'weight norm of a norm':
+        torch.nn.utils.parametrize.register_parametrization(layer.branches[0].bn, 'weight', nn.Softplus())
     if kind == 'one branch':
         layer = SelectiveKernelConv(16, branches=BRANCHES[:1]).double()
     return layer
@@ -212,6 +296,11 @@ def plain_reason(kind):
         'cumulative average',
         'hook on a branch',
         'hook on an activation',
+        'patched branch',
+        'scripted branch',
+        'dropout in a norm',
+        'anti-aliasing',
+        'weight norm of a norm',
         'one branch',
     ],
 )
@@ -229,6 +318,50 @@ def test_without_gradients_statistics_move_all_the_same(calls):
     plain(images(3, 16, 5, 5))
     assert not calls
     torch.testing.assert_close(dict(layer.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_hooks_on_all_modules_see_the_batch_norms(calls):
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    layer, _ = pair()
+    try:
+        layer(images(3, 16, 5, 5))
+    finally:
+        handle.remove()
+    assert layer.branches[0].bn in seen and not calls
+
+
+def test_functional_gradients_are_those_of_autograd(calls):
+    layer, plain = pair()
+    x = images(3, 16, 5, 5)
+
+    def loss(parameters):
+        buffers = {name: b.clone() for name, b in layer.named_buffers()}
+        return torch.func.functional_call(layer, (parameters, buffers), (x,)).square().mean()
+
+    grads = torch.func.grad(loss)({name: p.detach() for name, p in layer.named_parameters()})
+    assert not calls
+    plain(x).square().mean().backward()
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_forward_mode_names_the_remedy():
+    layer, plain = pair()
+    x = images(3, 16, 5, 5)
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match='SelectiveKernelConv.lean = False'):
+            layer(torch.autograd.forward_ad.make_dual(x, x))
+        plain(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_threads_may_share_a_layer(calls):
+    layer, _ = pair()
+    parameters = list(layer.parameters())
+    x = images(3, 16, 5, 5)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: layer(x).sum().backward(), range(100)))
+    assert len(calls) == 100 and all(p is q for p, q in zip(parameters, layer.parameters()))
 
 
 def test_second_derivatives_name_the_remedy():
@@ -255,3 +388,29 @@ def test_checkpointing_changes_no_gradient(calls, name):
         grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
     assert calls
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-12)
+
+
+def save_convolutions(ctx, op, *args, **kwargs):
+    convolution = op == torch.ops.aten.convolution.default
+    return CheckpointPolicy.MUST_SAVE if convolution else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(use_reentrant=True),
+        dict(use_reentrant=False),
+        dict(use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_convolutions)),
+    ],
+    ids=['reentrant', 'not reentrant', 'convolutions saved'],
+)
+def test_checkpointing_runs_a_layer_twice(calls, kwargs):
+    layer, plain = pair()
+    for m in layer, plain:
+        x = images(3, 16, 5, 5).requires_grad_()
+        checkpoint(m, x, **kwargs).square().mean().backward()
+    assert calls
+    for (name, p), q in zip(layer.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+    torch.testing.assert_close(dict(layer.named_buffers()), dict(plain.named_buffers()))
+    assert {int(b) for name, b in layer.named_buffers() if name.endswith('tracked')} == {2}

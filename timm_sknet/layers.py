@@ -10,12 +10,18 @@ from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, get_norm_act_layer
 from timm.layers.typing import LayerType
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from timm_sknet.ops import fuse, select, train_unit
 
 Branch = Tuple[int, int, int]  # kernel size k, dilation D, groups G; G = 0 is depthwise
 PAPER_BRANCHES: Tuple[Branch, ...] = ((3, 1, 32), (3, 2, 32))
+
+
+# nodes of their own in a torch.fx graph, whose quantizers stumble over the dtypes inside
+torch.fx.wrap('fuse')
+torch.fx.wrap('select')
 
 
 @torch.fx.wrap  # data-dependent, so a leaf for symbolic tracing
@@ -226,35 +232,43 @@ class SelectiveKernelConv(nn.Module):
 
     @torch.jit.ignore
     def _can_be_lean(self, x: Tensor) -> bool:
-        """Whether `train_unit` does the same as the modules and nobody looks inside them; it was measured on CPUs."""
-        if torch.compiler.is_compiling() or not isinstance(x, Tensor):  # the compiler and torch.fx see through modules
-            return False
+        """Whether `train_unit` does the same as the branches and nobody looks inside them; it was measured on CPUs."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor):
+            return False  # who compiles or traces (torch.fx: x is no tensor) sees through modules
         return (
             self.lean
-            and type(self.attn) is SelectiveKernelAttn  # not one that keeps its output, say
+            and self.attn is not None
             and x.device.type == 'cpu'
             and x.shape[0] > 1
             and torch.is_grad_enabled()
-            and all(type(branch) is ConvNormAct and _plain_batch_norm(branch.bn) for branch in self.branches)
-            and not torch.jit.is_tracing()
-            and not any(_hooked(m) for m in self.modules())
+            and not torch._C._are_functorch_transforms_active()
+            and not _has_any_global_hook()
+            and all(_plain(branch) for branch in self.branches)
         )
 
 
-def _plain_batch_norm(norm: nn.Module) -> bool:
+def _plain(branch: nn.Module) -> bool:
+    """Whether a branch is no more than convolution, batch norm of the batch, and ReLU."""
+    if type(branch) is not ConvNormAct or branch.aa is not None:
+        return False
+    norm = branch.bn
     return (
         type(norm) is BatchNormAct2d
         and type(norm.act) is nn.ReLU
+        and type(norm.drop) is nn.Identity
         and norm.training
         and norm.affine
         and norm.weight.dtype in (torch.float32, torch.float64)  # statistics in 16 bits do not give the same U twice
         and norm.track_running_stats
         and norm.momentum is not None
+        and not any(_watched(m) for m in (branch, norm, norm.act, norm.drop))
     )
 
 
-def _hooked(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+def _watched(m: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return bool(hooks) or 'forward' in vars(m)
 
 
 def check_branches(branches: Sequence[Branch], in_channels: int, out_channels: int) -> Tuple[Branch, ...]:

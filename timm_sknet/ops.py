@@ -7,7 +7,7 @@ convolutions' outputs (`torch.channels_last` too) is the memory format of the re
 less memory: it keeps nothing of a branch but the convolution's output.
 """
 
-from typing import Any, List, Sequence
+from typing import Any, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,8 @@ def train_unit(maps: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d], attn: nn
     """Batch norm, ReLU, fuse, attention and select of an SK unit in training.
 
     Equals `select(U, attn(fuse(U)))` of U_i = relu(norms[i](maps[i])) in values, gradients and running statistics, and
-    keeps for backward only the maps, where that keeps U too. U is computed again in backward.
+    keeps for backward only the maps, where that keeps U too. U is computed again in backward, once. The attention is
+    called as any other module, and autograd goes through it.
 
     Args:
         maps: The M outputs of the branches' convolutions, each (B, C, H, W), with B > 1.
@@ -71,15 +72,50 @@ def train_unit(maps: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d], attn: nn
     for norm in norms:
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
+    unit = _Unit()
     affine = [norm.weight for norm in norms] + [norm.bias for norm in norms]
-    return _TrainUnit.apply(norms, attn, *maps, *affine, *attn.parameters())
+    s, V = _Fuse.apply(unit, norms, *maps, *affine)
+    return _Select.apply(unit, attn(s), V)
 
 
-class _TrainUnit(torch.autograd.Function):
-    """The attention, whose maps are small, keeps an ordinary graph of its own; it is entered again in backward."""
+class _Unit:
+    """What fuse and select hand each other beside the gradients.
+
+    Attributes:
+        U: The branches' outputs, for select in forward and for fuse in backward.
+        saved: What both save for backward: map, weight, bias, mean and 1 / standard deviation of each branch.
+        a: The attention weights.
+    """
+
+    U: Optional[List[Tensor]] = None
+    saved: Sequence[Tensor] = ()
+    a: Tensor
+
+
+class _Once(torch.autograd.Function):
+    """A function of first derivatives in backward mode."""
 
     @staticmethod
-    def forward(ctx: Any, norms: Sequence[nn.BatchNorm2d], attn: nn.Module, *inputs: Tensor) -> Tensor:
+    def jvp(ctx: Any, *tangents: Tensor) -> Any:
+        raise RuntimeError(_ONCE)
+
+    @staticmethod
+    def check() -> None:
+        if torch.is_grad_enabled():
+            raise RuntimeError(_ONCE)
+
+
+_ONCE = (
+    'In training, an SK convolution can be differentiated once only, and backwards: for higher derivatives and forward '
+    'mode set SelectiveKernelConv.lean = False before the forward pass.'
+)
+
+
+class _Fuse(_Once):
+    """The maps give s, and a place to hand in the gradient of V: one number that pretends to be V, on no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, unit: _Unit, norms: Sequence[nn.BatchNorm2d], *inputs: Tensor) -> Any:
         M = len(norms)
         U: List[Tensor] = []
         saved: List[Tensor] = []
@@ -90,56 +126,64 @@ class _TrainUnit(torch.autograd.Function):
             )
             U.append(u.relu_())
             saved += c, weight, bias, mean, invstd
-        s = fuse(U)
-        with torch.enable_grad():
-            # leaves of this graph alone, so that no hook on a parameter sees a gradient twice
-            leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in attn.named_parameters()}
-            s.requires_grad_()
-            a = torch.func.functional_call(attn, leaves, s)
-        ctx.attention = a, [s, *leaves.values()]
-        ctx.eps = [norm.eps for norm in norms]
+        ctx.unit, ctx.eps = unit, [norm.eps for norm in norms]
         ctx.save_for_backward(*saved)
-        return select(U, a.detach())
+        unit.U, unit.saved = U, saved
+        return fuse(U), U[0].new_empty(()).expand_as(U[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                'In training, an SK convolution can be differentiated once only: for higher derivatives set '
-                'SelectiveKernelConv.lean = False before the forward pass.'
-            )
-        (dV,) = grads
-        M, size = len(ctx.eps), dV.shape[2] * dV.shape[3]
-        saved = ctx.saved_tensors  # once: checkpointing hands them out once
-        maps, weights, biases, means, invstds = (saved[i::5] for i in range(5))
-        U = [
-            torch.native_batch_norm(c, weight, bias, mean, invstd.pow(-2), False, 0.0, 0.0)[0].relu_()
-            for c, weight, bias, mean, invstd in zip(maps, weights, biases, means, invstds)
-        ]
-
-        a, leaves = ctx.attention
-        if M == 2:  # that of lerp
-            buffer = torch.sub(*U).mul_(dV)
-            da = buffer.sum((2, 3), dtype=a.dtype)
-            da = torch.stack((da, torch.zeros_like(da)), dim=1)
-        else:
-            buffer = torch.empty_like(U[0])
-            da = torch.stack([torch.mul(dV, u, out=buffer).sum((2, 3), dtype=a.dtype) for u in U], dim=1)
-        needed = [leaf for leaf in leaves if leaf.requires_grad]
-        ds, *dattn = torch.autograd.grad(a, needed, da, retain_graph=True)  # kept for a second backward, it is small
-        ds = (ds / size).to(dV.dtype)
-
-        a = a.detach()[..., None, None].to(dV.dtype)
+        _Once.check()
+        ds, dV = grads
+        unit, saved = ctx.unit, ctx.saved_tensors
+        U, unit.U = unit.U or _outputs(saved), None
+        M = len(U)
+        a = unit.a[..., None, None].to(dV.dtype)
+        ds = ds / (dV.shape[2] * dV.shape[3])
+        buffer = torch.empty_like(U[0])
         dmaps, dweights, dbiases = [], [], []
-        for i in range(M):
-            dU = torch.addcmul(ds, dV, 1 - a[:, 0] if M == 2 and i == 1 else a[:, i], out=buffer)
+        for i, (c, weight, _, mean, invstd) in enumerate(zip(*(saved[k::5] for k in range(5)))):
+            dU = torch.addcmul(ds, dV, 1 - a[:, 0] if M == 2 and i == 1 else a[:, i], out=buffer)  # 1 - a: of lerp
             dU = torch.ops.aten.threshold_backward.grad_input(dU, U[i], 0, grad_input=buffer)
             dc, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-                dU, maps[i], weights[i], None, None, means[i], invstds[i], True, ctx.eps[i], [True] * 3
+                dU, c, weight, None, None, mean, invstd, True, ctx.eps[i], [True] * 3
             )
             dmaps.append(dc)
             dweights.append(dweight)
             dbiases.append(dbias)
-        found = iter(dattn)
-        of_attn = [next(found) if leaf.requires_grad else None for leaf in leaves[1:]]
-        return None, None, *dmaps, *dweights, *dbiases, *of_attn
+        return None, None, *dmaps, *dweights, *dbiases
+
+
+class _Select(_Once):
+    """The attention weights give V."""
+
+    @staticmethod
+    def forward(ctx: Any, unit: _Unit, a: Tensor, V: Tensor) -> Tensor:
+        assert unit.U is not None
+        U, unit.U = unit.U, None
+        ctx.unit, unit.a = unit, a.detach()
+        ctx.save_for_backward(a, *unit.saved)
+        unit.saved = ()
+        return select(U, a)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _Once.check()
+        (dV,) = grads
+        a, *saved = ctx.saved_tensors
+        ctx.unit.U = U = _outputs(saved)
+        if len(U) == 2:  # that of lerp
+            da = torch.sub(*U).mul_(dV).sum((2, 3), dtype=a.dtype)
+            da = torch.stack((da, torch.zeros_like(da)), dim=1)
+        else:
+            buffer = torch.empty_like(U[0])
+            da = torch.stack([torch.mul(dV, u, out=buffer).sum((2, 3), dtype=a.dtype) for u in U], dim=1)
+        return None, da, dV
+
+
+def _outputs(saved: Sequence[Tensor]) -> List[Tensor]:
+    """Computes U again from what was saved."""
+    return [
+        torch.native_batch_norm(c, weight, bias, mean, invstd.pow(-2), False, 0.0, 0.0)[0].relu_()
+        for c, weight, bias, mean, invstd in zip(*(saved[k::5] for k in range(5)))
+    ]
