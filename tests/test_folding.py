@@ -9,6 +9,7 @@ from torch import nn
 
 from timm_sknet import SelectiveKernelConv
 from timm_sknet.cli import main
+from timm_sknet.layers import ConvNormAct, Folded, SelectiveKernelAttn
 from timm_sknet.sknets import model_cfgs
 
 VARIANTS = {
@@ -67,11 +68,71 @@ def test_two_branches_need_one_logit_for_each_channel():
     torch.testing.assert_close(folded.attn(s), layer.attn(s))
 
 
+class Warm(SelectiveKernelAttn):
+    """Attention at a temperature of 2."""
+
+    def forward(self, s):
+        return (self.fc2(self.bn(self.fc1(s))).reshape(-1, self.M, self.channels) / 2).softmax(1)
+
+
+class Double(ConvNormAct):
+    def forward(self, x):
+        return self.bn(2 * self.conv(x))
+
+
+def share(layer):
+    layer.branches[1].conv = layer.branches[0].conv
+
+
+def another_fc2(layer):
+    layer.attn.fc2 = nn.Conv2d(32, 64, 1)
+    nn.init.normal_(layer.attn.fc2.bias)
+
+
+CHANGES = {
+    'attention': lambda layer: setattr(layer.attn, '__class__', Warm),
+    'branch': lambda layer: setattr(layer.branches[0], '__class__', Double),
+    'shared convolution': share,
+    "torch's own SyncBatchNorm": lambda layer: nn.SyncBatchNorm.convert_sync_batchnorm(layer),
+    'plain batch norm': lambda layer: setattr(layer.branches[0], 'bn', nn.BatchNorm2d(32)),
+    'weight norm': lambda layer: nn.utils.parametrizations.weight_norm(layer.attn.fc2),
+    'parametrized': lambda layer: nn.utils.parametrizations.orthogonal(layer.branches[0].conv),
+    'wrapped': lambda layer: setattr(layer.attn, 'fc2', nn.Sequential(layer.attn.fc2)),
+    'bias of fc2': another_fc2,
+    'hook': lambda layer: layer.branches[0].conv.register_forward_hook(lambda module, args, out: 2 * out),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+@torch.no_grad()
+def test_what_was_changed_is_left_as_it_is(change):
+    layer = SelectiveKernelConv(32)
+    for m in layer.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_()
+    CHANGES[change](layer)
+    layer.eval()
+    x = torch.randn(2, 32, 7, 5)
+    folded = reparameterize_model(layer)
+    torch.testing.assert_close(folded(x), layer(x), rtol=1e-5, atol=1e-5)
+    assert isinstance(folded.branches[1].bn, Folded) or 'Sync' in change
+
+
+def test_folding_keeps_mode_and_freezing():
+    model = timm.layers.freeze_batch_norm_2d(trained('sknet12').eval())
+    model.stages.requires_grad_(False)
+    folded = reparameterize_model(model)
+    folded(torch.zeros(2, 3, 32, 32))
+    assert {p.requires_grad for p in folded.stages.parameters()} == {False}
+    assert {p.requires_grad for p in folded.stem.parameters()} == {True}
+
+
 def test_a_norm_without_statistics_stays():
     model = timm.create_model('sknet12', norm_layer='layernorm2d').eval()
     folded = reparameterize_model(model)
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(folded(x), model(x))
+    folded.load_state_dict(model.state_dict())
     assert sum(isinstance(m, nn.LayerNorm) for m in folded.modules()) > 10
 
 

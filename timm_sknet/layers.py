@@ -2,14 +2,13 @@
 
 import copy
 import operator
-from typing import Any, Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
 import timm.layers
 import torch
-from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, get_norm_act_layer
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct, get_norm_act_layer
 from timm.layers.typing import LayerType
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -47,32 +46,41 @@ class Folded(nn.Module):
         return self.act(x)
 
 
-def fold(conv: nn.Conv2d, norm: Any) -> nn.Module:
+def fold(conv: nn.Module, norm: nn.Module) -> Tuple[nn.Module, nn.Module]:
     """Folds a batch norm, with its running statistics, into the convolution before it.
 
     Args:
-        conv: Changed in place.
+        conv: Left as it is, as it may be shared.
         norm: One of timm's layers of norm and activation.
 
     Returns:
-        What to put in the norm's place; the norm itself where it is none that could be folded.
+        What to put in the places of both: a convolution of the two, and the activation. Where they are not what a
+        network is built with, but changed, watched or replaced, they come back themselves.
     """
-    if not isinstance(norm, (_BatchNorm, FrozenBatchNormAct2d)) or norm.running_var is None:
-        return norm
-    norm = copy.deepcopy(norm).double()
+    if type(conv) is not nn.Conv2d or type(norm) not in BATCH_NORMS or norm.running_var is None:
+        return conv, norm
+    if any(_watched(m) for m in (conv, norm, norm.drop)):
+        return conv, norm
+    folded, norm = copy.deepcopy(conv), copy.deepcopy(norm).double()
     bias = None if conv.bias is None else conv.bias.double()
-    weight, bias = fuse_conv_bn_weights(
+    fused = fuse_conv_bn_weights(
         conv.weight.double(), bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
-    conv.weight, conv.bias = nn.Parameter(weight.to(conv.weight)), nn.Parameter(bias.to(conv.weight))
-    return Folded(norm.act).train(norm.training)
+    for name, value in zip(('weight', 'bias'), fused):
+        trainable = conv.weight.requires_grad
+        setattr(folded, name, nn.Parameter(value.detach().to(conv.weight), requires_grad=trainable))
+    return folded, Folded(norm.act).train(conv.training)
+
+
+BATCH_NORMS = BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d
 
 
 class ConvNormAct(timm.layers.ConvNormAct):
     """timm's layer, and how `timm.utils.reparameterize_model` folds it."""
 
     def reparameterize(self) -> None:
-        self.bn = fold(self.conv, self.bn)
+        if type(self) is ConvNormAct:
+            self.conv, self.bn = fold(self.conv, self.bn)
 
 
 class SelectiveKernelAttn(nn.Module):
@@ -111,10 +119,15 @@ class SelectiveKernelAttn(nn.Module):
 
     def reparameterize(self) -> None:
         """Folds the norm and, for two branches, A to the difference of its halves: a_1, a_2 = sigmoid(+, - that)."""
-        self.bn = fold(self.fc1, self.bn)
-        if self.M == 2 and self.signs is None:
-            first, second = self.fc2.weight.chunk(2)
-            self.fc2.weight = nn.Parameter(first - second)
+        if type(self) is not SelectiveKernelAttn:
+            return
+        self.fc1, self.bn = fold(self.fc1, self.bn)
+        fc2 = self.fc2
+        one_logit = self.M == 2 and isinstance(self.bn, Folded) and self.signs is None
+        if one_logit and type(fc2) is nn.Conv2d and fc2.bias is None and not _watched(fc2):
+            first, second = fc2.weight.detach().chunk(2)
+            self.fc2 = copy.deepcopy(fc2)
+            self.fc2.weight = nn.Parameter(first - second, requires_grad=fc2.weight.requires_grad)
             self.fc2.out_channels //= 2
             self.signs = first.new_tensor([[1.0], [-1.0]])
 

@@ -519,7 +519,7 @@ def foreign(state_dict: Iterable[str]) -> Optional[str]:
 
 def is_folded(state_dict: Mapping[str, Any]) -> bool:
     """Returns whether these are the weights of a folded SKNet, whose convolutions have a bias and no batch norm."""
-    return 'stem.conv.bias' in state_dict
+    return any(key.endswith('.conv.bias') for key in state_dict)
 
 
 def dilate(strides: Sequence[int], reduction: int, output_stride: Optional[int]) -> Tuple[List[int], List[int]]:
