@@ -330,3 +330,45 @@ def test_state_dict_keys_are_stable(name):
     promised = json.loads((Path(__file__).parent / 'keys.json').read_text())
     found = sorted({re.sub(r'(?<=\.)\d+', '*', key) for key in meta(name).state_dict()})
     assert found == promised[model_cfgs[name].unit]
+
+
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+def test_large_batches_are_computed_in_channels_last_unseen(training):
+    """A user's images, features and gradients stay contiguous."""
+    torch.manual_seed(0)
+    model = timm.create_model('sknet12').train(training)
+    inside = []
+    model.stem.register_forward_hook(lambda module, args, out: inside.append(out))
+    assert model.channels_last_from == 4 * 224 * 224
+    found = []
+    for least in 4 * 32 * 32, float('inf'):
+        model.channels_last_from = least
+        model.zero_grad()
+        x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        features = model.forward_features(x)
+        model.forward_head(features).square().mean().backward()
+        assert features.is_contiguous() and x.is_contiguous() and x.grad.is_contiguous()
+        assert all(p.grad.is_contiguous() for p in model.parameters())
+        found.append([features, x.grad, *(p.grad for p in model.parameters())])
+    assert [out.is_contiguous() for out in inside] == [False, True]
+    for one, other in zip(*found):
+        assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6
+
+
+@pytest.mark.parametrize('kind', ['one image less', 'float64', 'channels_last', 'traced', 'vmap'])
+def test_other_batches_keep_their_layout(kind):
+    model = timm.create_model('sknet12', dtype=torch.float64 if kind == 'float64' else None).eval()
+    model.channels_last_from = 4 * 32 * 32
+    inside = []
+    model.stem.register_forward_hook(lambda module, args, out: inside.append(out.is_contiguous()))
+    x = torch.randn(3 if kind == 'one image less' else 4, 3, 32, 32, dtype=next(model.parameters()).dtype)
+    if kind == 'channels_last':
+        x = x.contiguous(memory_format=torch.channels_last)
+        assert not model.forward_features(x).is_contiguous()
+    elif kind == 'traced':
+        torch.jit.trace(model, x, check_trace=False)
+    elif kind == 'vmap':
+        torch.func.vmap(model)(x[None])
+    else:
+        model(x)
+    assert set(inside) == {kind != 'channels_last'}

@@ -246,18 +246,22 @@ class SelectiveKernelConv(nn.Module):
     @torch.jit.ignore
     def _can_be_lean(self, x: Tensor) -> bool:
         """Whether `train_unit` does the same as the branches and nobody looks inside them; it was measured on CPUs."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor):
-            return False  # who compiles or traces (torch.fx: x is no tensor) sees through modules
         return (
-            self.lean
+            eager_on_cpu(x)
+            and self.lean
             and self.attn is not None
-            and x.device.type == 'cpu'
             and x.shape[0] > 1
             and torch.is_grad_enabled()
-            and not torch._C._are_functorch_transforms_active()
             and not _has_any_global_hook()
             and all(_plain(branch) for branch in self.branches)
         )
+
+
+def eager_on_cpu(x: Tensor) -> bool:
+    """Whether x is a tensor to compute with here and now: none that is compiled, traced (torch.fx) or transformed."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor):
+        return False
+    return x.device.type == 'cpu' and not torch._C._are_functorch_transforms_active()
 
 
 def _plain(branch: nn.Module) -> bool:

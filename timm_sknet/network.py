@@ -32,7 +32,14 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from timm_sknet.layers import PAPER_BRANCHES, Branch, ConvNormAct, SelectiveKernelAttn, SelectiveKernelConv
+from timm_sknet.layers import (
+    PAPER_BRANCHES,
+    Branch,
+    ConvNormAct,
+    SelectiveKernelAttn,
+    SelectiveKernelConv,
+    eager_on_cpu,
+)
 
 
 @dataclass(frozen=True)
@@ -235,10 +242,16 @@ class SKNet(nn.Module):
         zero_init_last: Start residual units as identities (the authors do not).
         overrides: Any field of `SKNetCfg` to replace.
 
+    Attributes:
+        channels_last_from: Pixels of a batch from which on a CPU computes it in channels_last, where that is faster;
+            features come back in the images' own layout. `float('inf')` keeps to the images' layout.
+
     Raises:
         TypeError: For an unknown argument.
         ValueError: For a value that this network cannot have.
     """
+
+    channels_last_from: float = 4 * 224 * 224
 
     def __init__(
         self,
@@ -450,7 +463,18 @@ class SKNet(nn.Module):
         stages = [(f'stages.{i}', stage) for i, stage in enumerate(self.stages)]
         return [('stem', self.stem), ('pool', self.pool), *stages]
 
+    @torch.jit.ignore
+    def _faster_in_channels_last(self, x: Tensor) -> bool:
+        pixels = x.shape[0] * x.shape[2:].numel() if eager_on_cpu(x) and x.dim() == 4 and x.is_contiguous() else 0
+        return pixels >= self.channels_last_from and x.dtype != torch.float64
+
     def forward_features(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if self._faster_in_channels_last(x):
+                return self._features(x.contiguous(memory_format=torch.channels_last)).contiguous()
+        return self._features(x)
+
+    def _features(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         x = self.pool(x)
         x = self.stages(x)
