@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import re
 from functools import partial
-from typing import Callable, Dict, List
+from typing import Any, Callable, Dict, List
 
 import timm
 import torch
@@ -27,10 +27,10 @@ class AttentionFree(SelectiveKernelConv):
         return V
 
 
-def ours(name: str) -> nn.Module:
+def ours(name: str, **kwargs: Any) -> nn.Module:
     """A model of timm_sknet, always with the same random weights and statistics."""
     torch.manual_seed(0)
-    model = timm.create_model(name)
+    model = timm.create_model(name, **kwargs)
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean.normal_(std=0.1)
@@ -40,8 +40,8 @@ def ours(name: str) -> nn.Module:
     return model
 
 
-def attention_free(name: str) -> nn.Module:
-    model = ours(name)
+def attention_free(name: str, **kwargs: Any) -> nn.Module:
+    model = ours(name, **kwargs)
     for m in model.modules():
         if isinstance(m, SelectiveKernelConv):
             m.__class__ = AttentionFree

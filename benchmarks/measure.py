@@ -1,5 +1,6 @@
 """What the benchmarks share: interleaved rounds, rows in a JSON file, and what machine they are of."""
 
+import argparse
 import importlib
 import importlib.util
 import json
@@ -9,7 +10,7 @@ import re
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +18,42 @@ from tqdm import tqdm
 
 LAYOUTS = {'channels_last': torch.channels_last, 'NCHW': torch.contiguous_format}
 Times = Dict[str, List[float]]
+
+
+def options(doc: Optional[str], **numbers: int) -> argparse.ArgumentParser:
+    """Returns a parser with the options that all benchmarks have, and those for numbers, with their defaults."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument('--layout', choices=LAYOUTS, default='channels_last')
+    found.add_argument('--out', type=kept, metavar='JSON', help='file to put the results into')
+    for name, default in numbers.items():
+        found.add_argument(f'--{name}', type=positive, default=default, help=f'{default} if not given')
+    return found
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, got {text!r}')
+    return int(text)
+
+
+def kept(text: str) -> Path:
+    """A file of results: a new one, or one that `rows_of` can read."""
+    file = Path(text)
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f'there is no folder {str(file.parent)!r}: make it first')
+    if file.exists():
+        rows_of(text)
+    return file
+
+
+def rows_of(text: str) -> List[Dict[str, Any]]:
+    """Reads a file of results."""
+    try:
+        rows = json.loads(Path(text).read_text())
+        assert all({'settings', 'machine'} <= set(row) for row in rows)
+    except (OSError, ValueError, TypeError, AssertionError) as e:
+        raise argparse.ArgumentTypeError(f'{text!r} is no file that a benchmark has written with --out') from e
+    return rows
 
 
 def device() -> torch.device:
@@ -73,10 +110,14 @@ def quartiles(times: List[float]) -> List[float]:
 
 
 def keep(rows: List[Dict[str, Any]], file: Path) -> None:
-    """Puts rows into a JSON file, in place of those that were measured with the same settings."""
+    """Puts rows into a JSON file, in place of those of the same networks with the same settings."""
+
+    def identity(row: Dict[str, Any]) -> Any:
+        return row['settings'], row.get('contender'), row.get('place')
+
     known = json.loads(file.read_text()) if file.exists() else []
-    settings = [row['settings'] for row in rows]
-    rows = [row for row in known if row['settings'] not in settings] + [{**row, 'machine': machine()} for row in rows]
+    replaced = [identity(row) for row in rows]
+    rows = [row for row in known if identity(row) not in replaced] + [{**row, 'machine': machine()} for row in rows]
     unfinished = file.with_suffix('.unfinished')
     unfinished.write_text(json.dumps(rows, indent=1) + '\n')
     os.replace(unfinished, file)

@@ -14,9 +14,11 @@ from typing import Any, Dict, List, Optional
 
 import torch
 from contenders import contenders
-from measure import LAYOUTS, device, images, keep, markdown
+from measure import LAYOUTS, device, images, keep, markdown, options
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from timm_sknet.sknets import model_cfgs
 
 
 def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
@@ -89,12 +91,8 @@ def table(rows: List[Dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default='sknet50')
-    parser.add_argument('--layout', choices=LAYOUTS, default='channels_last')
-    parser.add_argument('--batch', type=int, default=8)
-    parser.add_argument('--size', type=int, default=224)
-    parser.add_argument('--out', type=Path)
+    parser = options(__doc__, batch=8, size=224)
+    parser.add_argument('--model', choices=model_cfgs, default='sknet50')
     args = parser.parse_args()
 
     rows = measure(args)

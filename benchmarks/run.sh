@@ -32,4 +32,6 @@ speed --model sk_shufflenetv2_x1_0
 speed --model sknet29_16x32d --size 32
 "$python" memory.py "${out[@]}"
 "$python" scaling.py "${out[@]}"
+"$python" convolutions.py "${out[@]}"
+"$python" convolutions.py "${out[@]}" --batch 1 --repeats 40
 "$python" report.py results.json RESULTS.md

@@ -2,18 +2,17 @@
 
     python benchmarks/scaling.py --out results.json
 
-Inference, folded. The exponent is the slope of log time over log MACs: 1 where time grows as the arithmetic does.
+Inference, folded. The exponent is the slope of log time over log MACs: 1 where time grows as the arithmetic does. Each
+point is measured beside the attention-free network, which is the floor, and beside itself in the other layout.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
-import timm
 import torch
-from contenders import folded
-from measure import LAYOUTS, images, interleaved, keep, markdown, quartiles
+from contenders import attention_free, folded, ours
+from measure import LAYOUTS, images, interleaved, keep, markdown, options, quartiles, ratio
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,60 +46,76 @@ def macs(model: nn.Module, size: int, batch: int, layout: str) -> int:
     return counter.get_total_flops() // 2
 
 
+def network(make: Callable[..., nn.Module], M: int, layout: str) -> nn.Module:
+    model = folded(make('sknet50', branches=BRANCHES[:M])).to(memory_format=LAYOUTS[layout])
+    model.channels_last_from = float('inf')  # so that each layout is measured as it is
+    return model
+
+
 def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
+    other = next(layout for layout in LAYOUTS if layout != args.layout)
     models = {
-        M: folded(timm.create_model('sknet50', branches=BRANCHES[:M])).to(memory_format=LAYOUTS[args.layout])
+        M: {
+            'mine': (network(ours, M, args.layout), args.layout),
+            'attention-free': (network(attention_free, M, args.layout), args.layout),
+            other: (network(ours, M, other), other),
+        }
         for M in (1, 2, 3)
     }
     rows = []
     for curve, places in points().items():
-        runs = {str(place): run(models[place[2]], *place[:2], args.layout) for place in places}
+        runs = {
+            f'{name} {place}': run(model, *place[:2], layout)
+            for place in places
+            for name, (model, layout) in models[place[2]].items()
+        }
         times = interleaved(runs, args.rounds, args.warmup)
-        for size, batch, M in places:
+        for place in places:
+            size, batch, M = place
+            mine, *others = (times[f'{name} {place}'] for name in models[M])
             rows.append(
                 {
                     'settings': {'case': 'scaling', 'curve': curve, 'layout': args.layout},
                     'place': {'size': size, 'batch': batch, 'M': M},
-                    'macs': macs(models[M], size, batch, args.layout),
-                    'rounds': args.rounds,
-                    'quartiles': quartiles(times[str((size, batch, M))]),
+                    'run': {key: getattr(args, key) for key in ('rounds', 'warmup')},
+                    'macs': macs(models[M]['mine'][0], size, batch, args.layout),
+                    'quartiles': quartiles(mine),
+                    'floor': quartiles(others[0])[1],
+                    'speed over': {'attention-free': ratio(others[0], mine), other: ratio(others[1], mine)},
                 }
             )
     return rows
 
 
-def exponent(rows: List[Dict[str, Any]]) -> float:
-    x, y = (np.log([f(row) for row in rows]) for f in (lambda row: row['macs'], lambda row: row['quartiles'][1]))
-    return float(np.polyfit(x, y, 1)[0])
+def exponent(rows: List[Dict[str, Any]], key: str = 'quartiles') -> float:
+    """Returns how the time grows with the MACs; that of the attention-free network if the key is 'floor'."""
+    y = [row['floor'] if key == 'floor' else row['quartiles'][1] for row in rows]
+    return float(np.polyfit(np.log([row['macs'] for row in rows]), np.log(y), 1)[0])
 
 
 def table(rows: List[Dict[str, Any]]) -> str:
-    lines = [['curve', 'from', 'to', 'GMACs', 'ms', 'exponent']]
-    for curve in dict.fromkeys(row['settings']['curve'] for row in rows):
-        mine = [row for row in rows if row['settings']['curve'] == curve]
-        ends = mine[0], mine[-1]
+    lines = [['curve', 'at', 'GMACs', 'ms', *(f'over {name}' for name in rows[0]['speed over'])]]
+    for row in rows:
+        curve = row['settings']['curve']
+        ratios = [f'{value:.2f}' for value in row['speed over'].values()]
         lines.append(
-            [
-                curve,
-                *(str(end['place'][curve]) for end in ends),
-                ' to '.join(f'{end["macs"] / 1e9:.2f}' for end in ends),
-                ' to '.join(f'{1e3 * end["quartiles"][1]:.0f}' for end in ends),
-                f'{exponent(mine):.2f}',
-            ]
+            [curve, str(row['place'][curve]), f'{row["macs"] / 1e9:.2f}', f'{1e3 * row["quartiles"][1]:.1f}', *ratios]
         )
     return markdown(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--layout', choices=LAYOUTS, default='channels_last')
-    parser.add_argument('--rounds', type=int, default=8)
-    parser.add_argument('--warmup', type=int, default=1)
-    parser.add_argument('--out', type=Path)
-    args = parser.parse_args()
+def exponents(rows: List[Dict[str, Any]]) -> str:
+    lines = [['curve', 'exponent', 'of attention-free']]
+    for curve in dict.fromkeys(row['settings']['curve'] for row in rows):
+        mine = [row for row in rows if row['settings']['curve'] == curve]
+        lines.append([curve, f'{exponent(mine):.2f}', f'{exponent(mine, "floor"):.2f}'])
+    return markdown(lines)
 
+
+def main() -> None:
+    args = options(__doc__, rounds=8, warmup=1).parse_args()
     rows = measure(args)
-    print(table(rows))
+    print(f'{table(rows)}\n\n{exponents(rows)}')
     if args.out:
         keep(rows, args.out)
 

@@ -9,13 +9,14 @@ are compared before anything is timed, where the networks are the same. Where th
 
 import argparse
 import tempfile
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 from contenders import contenders, folded
-from measure import LAYOUTS, device, images, interleaved, keep, markdown, quartiles, ratio
+from measure import device, images, interleaved, keep, markdown, options, quartiles, ratio
 from torch import nn
+
+from timm_sknet.sknets import model_cfgs
 
 SAME = 'timm_sknet', 'timm SK', 'pytorchcv'
 CASES = 'eval', 'train', 'compiled', 'compiled train', 'bf16', 'onnx', 'openvino'
@@ -117,7 +118,7 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
         {
             'settings': settings,
             'contender': name,
-            'rounds': args.rounds,
+            'run': {key: getattr(args, key) for key in ('rounds', 'warmup', 'repeats', 'only') if getattr(args, key)},
             'quartiles': quartiles(mine),
             'least': min(mine),
             'speed over': {other: ratio(theirs, mine) for other, theirs in times.items()},
@@ -132,7 +133,8 @@ def table(rows: List[Dict[str, Any]]) -> str:
     lines = [['', 'median ms', 'quartiles', 'least', *(f'over {name}' for name in references)]]
     for row in rows:
         low, median, high = (f'{1e3 * q:.1f}' for q in row['quartiles'])
-        ratios = [f'{row["speed over"][name]:.2f}' for name in references]
+        over = row['speed over']
+        ratios = [f'{over[name]:.2f}' if name in over else '' for name in references]
         lines.append([row['contender'], median, f'{low}-{high}', f'{1e3 * row["least"]:.1f}', *ratios])
     return markdown(lines)
 
@@ -141,18 +143,14 @@ OURS_AND_GUESTS: Tuple[str, ...] = ('timm_sknet', 'pytorchcv', 'holocron')
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default='sknet50')
+    parser = options(__doc__, batch=8, size=224, rounds=10, warmup=2, repeats=1)  # repeats are timed together
+    parser.add_argument('--model', choices=model_cfgs, default='sknet50')
     parser.add_argument('--case', choices=CASES, default='eval')
-    parser.add_argument('--layout', choices=LAYOUTS, default='channels_last')
-    parser.add_argument('--batch', type=int, default=8)
-    parser.add_argument('--size', type=int, default=224)
-    parser.add_argument('--rounds', type=int, default=10)
-    parser.add_argument('--warmup', type=int, default=2)
-    parser.add_argument('--repeats', type=int, default=1, help='runs in a row that are timed together')
-    parser.add_argument('--only', nargs='+', metavar='CONTENDER', help='leave out the others')
-    parser.add_argument('--out', type=Path)
+    parser.add_argument('--only', nargs='+', metavar='NETWORK', help='leave out the others')
     args = parser.parse_args()
+    known = list(contenders(args.model))
+    if args.only and ('timm_sknet' not in args.only or not set(args.only) <= set(known)):
+        parser.error(f'argument --only: must be timm_sknet and any of {known[1:]}, got {args.only}')
 
     rows = measure(args)
     print(f'{args.model}, {args.case}, {args.layout}, batch {args.batch}, size {args.size}\n\n{table(rows)}\n')
