@@ -118,8 +118,13 @@ def keep(rows: List[Dict[str, Any]], file: Path) -> None:
     known = json.loads(file.read_text()) if file.exists() else []
     replaced = [identity(row) for row in rows]
     rows = [row for row in known if identity(row) not in replaced] + [{**row, 'machine': machine()} for row in rows]
+    write(json.dumps(rows, indent=1) + '\n', file)
+
+
+def write(text: str, file: Path) -> None:
+    """Writes a file whole or not at all."""
     unfinished = file.with_suffix('.unfinished')
-    unfinished.write_text(json.dumps(rows, indent=1) + '\n')
+    unfinished.write_text(text)
     os.replace(unfinished, file)
 
 

@@ -5,7 +5,6 @@ python benchmarks/report.py benchmarks/results.json benchmarks/RESULTS.md
 
 import argparse
 import json
-import os
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -20,7 +19,7 @@ import memory
 import numpy as np
 import scaling
 import speed
-from measure import markdown, rows_of
+from measure import markdown, rows_of, write
 
 Row = Dict[str, Any]
 COLOURS = {'timm_sknet': '#0072b2', 'attention-free': '#999999', 'timm SK': '#d55e00', 'pytorchcv': '#009e73'}
@@ -280,9 +279,7 @@ def main() -> None:
     scaled = [row for row in rows if row['settings']['case'] == 'scaling']
     if scaled:
         draw_scaling(scaled, args.out.with_name(f'{args.out.stem}_scaling.png'))
-    unfinished = args.out.with_suffix('.unfinished')
-    unfinished.write_text(report(rows, args.out.stem))
-    os.replace(unfinished, args.out)
+    write(report(rows, args.out.stem), args.out)
 
 
 if __name__ == '__main__':

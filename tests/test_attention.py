@@ -357,16 +357,25 @@ def test_the_command_draws_single_images(folder, tmp_path, capsys):
     assert run(capsys, images[0], folder / 'cat' / 'broken.png', '--out', out)[0] == 1
 
 
-def test_a_thousand_classes_can_be_drawn(tmp_path):
-    classes = [f'n{i:08d}' for i in range(1000)]
-    units = {name: attention.Unit(name, '', *attention.find_units(timm.create_model('sknet12'))[name][1:]) for name in
-             ['SK_2_1', 'SK_3_2']}  # fmt: skip
-    difference = torch.rand(1000, 3, 2)
+def draw(classes, file):
+    model = timm.create_model('sknet12')
+    units = {name: attention.Unit(name, *found) for name, found in attention.find_units(model).items()}
+    difference = torch.rand(len(classes), 3, len(units))
     found = attention.ScaleResult(
         files=[], classes=classes, scales=[1, 1.5, 2], units=units, difference=difference, extent=difference, profile={}
     )
-    draw_classes(found, list(units), tmp_path / 'figure.png')
+    draw_classes(found, ['SK_2_1', 'SK_3_2'], file)
+
+
+def test_a_thousand_classes_can_be_drawn(tmp_path):
+    draw([f'n{i:08d}' for i in range(1000)], tmp_path / 'figure.png')
     assert Image.open(tmp_path / 'figure.png').size[0] > 1000
+
+
+def test_classes_of_imagenet_are_named_in_words(tmp_path):
+    draw(['n01440764', 'n99999999', 'red, blue'], tmp_path / 'figure.svg')
+    text = (tmp_path / 'figure.svg').read_text()
+    assert all(f'<!-- {name} -->' in text for name in ('tench', 'n99999999', 'red, blue')) and 'n01440764' not in text
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,8 @@ class Unit:
     @property
     def std(self) -> Tensor:
         """Standard deviation of the attention over images, (M, C)."""
-        return (self._sums[1] / self.count - self.mean.square()).clamp(min=0).sqrt() if self.count else self.mean
+        mean = self.mean  # first, for its error
+        return (self._sums[1] / self._count - mean.square()).clamp(min=0).sqrt()
 
     @property
     def difference(self) -> Tensor:
@@ -132,8 +133,7 @@ def record(model: nn.Module) -> Iterator[Dict[str, Unit]]:
 
     The units are those of `SelectiveKernelConv` and of timm's `SelectiveKernel` with two branches or more, wherever in
     the model they are. It may be folded, in training mode, or be compiled within the context. Memory is bounded:
-    running statistics and the weights of the last batch are kept, no map. Outputs do not change, and training keeps the
-    maps that autograd keeps, as `SelectiveKernelConv` is not lean where somebody looks inside.
+    running statistics and the weights of the last batch are kept, no map. Outputs do not change.
 
     Args:
         model: The model itself, not what torch.compile returned.
@@ -358,12 +358,22 @@ def table(result: ScaleResult, groups: Sequence[str]) -> List[Dict[str, Any]]:
 
 def write_csv(rows: Sequence[Dict[str, Any]], file: Path) -> None:
     """Writes the rows of `table`."""
+    with replacing(file) as unfinished:
+        with open(unfinished, 'w', newline='', errors='backslashreplace') as f:  # names can hold bytes that are no text
+            writer = csv.DictWriter(f, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yields a path to write to, which takes the place of a file once all is written."""
     unfinished = file.with_name(f'{file.name}.unfinished')
-    with open(unfinished, 'w', newline='', errors='backslashreplace') as f:  # names can hold bytes that are no text
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(unfinished, file)
+    try:
+        yield unfinished
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def typical_units(names: Sequence[str]) -> List[str]:
@@ -385,9 +395,8 @@ def _identity(model: nn.Module, files: Sequence[Path], scales: Sequence[float]) 
 
 
 def _save(state: Path, identity: str, tensors: Dict[str, Tensor]) -> None:
-    unfinished = state.with_name(f'{state.name}.unfinished')
-    save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished, {'run': identity})
-    os.replace(unfinished, state)
+    with replacing(state) as unfinished:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished, {'run': identity})
 
 
 def _load(state: Optional[Path], identity: str) -> Dict[str, Tensor]:

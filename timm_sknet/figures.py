@@ -3,7 +3,7 @@
 Through matplotlib's objects, not pyplot: no display is needed, and the user's own figures are left alone.
 """
 
-import os
+import re
 from pathlib import Path
 from typing import Any, List, Sequence
 
@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from timm_sknet.attention import EnlargedImages, ScaleResult
+from timm_sknet.attention import EnlargedImages, ScaleResult, replacing
 
 FORMATS = ('.png', '.svg')
 MOST_IMAGES = 12
@@ -75,7 +76,7 @@ def draw_classes(result: ScaleResult, units: Sequence[str], file: Path) -> None:
         ax.margins(x=0.02)
     for ax in axes[1:]:
         if len(classes) <= MOST_NAMES:
-            names = [_short(name, 24) for name in classes] if ax is axes[-1] else [''] * len(classes)
+            names = [_short(name, 24) for name in _readable(classes)] if ax is axes[-1] else [''] * len(classes)
             ax.set_xticks(range(len(classes)), names, rotation=45 if len(classes) > 6 else 0, fontsize=8)
             for label in ax.get_xticklabels() if len(classes) > 6 else ():
                 label.set(ha='right', rotation_mode='anchor')
@@ -140,6 +141,14 @@ def _pixels(image: Tensor, model: nn.Module) -> np.ndarray:
     return image.clamp(0, 1).permute(1, 2, 0).numpy()
 
 
+def _readable(classes: Sequence[str]) -> List[str]:
+    """Returns the classes, those of ImageNet by their first word where folders have WordNet ids: n01440764 is tench."""
+    if not any(re.fullmatch(r'n\d{8}', name) for name in classes):
+        return list(classes)
+    words = ImageNetInfo('imagenet-22k').label_descriptions(as_dict=True)
+    return [words[name].split(',')[0] if name in words else name for name in classes]
+
+
 def _short(text: str, most: int) -> str:
     return text if len(text) <= most else f'{text[: most - 3]}...'
 
@@ -147,6 +156,5 @@ def _short(text: str, most: int) -> str:
 def _finish(figure: Figure, ax: Axes, result: ScaleResult, file: Path) -> None:
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, title='object enlarged', loc='outside upper center', ncols=8, frameon=False)
-    unfinished = file.with_name(f'{file.name}.unfinished')
-    figure.savefig(unfinished, format=file.suffix[1:].lower(), dpi=120)
-    os.replace(unfinished, file)
+    with replacing(file) as unfinished:
+        figure.savefig(unfinished, format=file.suffix[1:].lower(), dpi=120)
