@@ -3,31 +3,26 @@
 python benchmarks/recording.py
 """
 
+from functools import partial
+
 import torch
-from contenders import contenders
+from contenders import ours
 from measure import images, interleaved, machine, markdown, ratio
 
 from timm_sknet.attention import record
 
+ROWS = [('sknet50', 8, 224, 1), ('sknet50', 1, 224, 4), ('sknet12', 1, 32, 100)]  # model, batch, size, repeats
+
 
 def main() -> None:
     lines = [['', 'layout', 'batch', 'size', 'times as long with recording']]
-    for name, batch, size, repeats in ('sknet50', 8, 224, 1), ('sknet50', 1, 224, 4), ('sknet12', 1, 32, 100):
+    for name, batch, size, repeats in ROWS:
         for layout in 'channels_last', 'NCHW':
-            model = contenders(name)['timm_sknet']().eval()
+            models = {'recorded': ours(name).eval(), 'plain': ours(name).eval()}
             x = images(batch, size, layout)
-
-            def recorded(model: torch.nn.Module = model, x: torch.Tensor = x, repeats: int = repeats) -> None:
-                with record(model):
-                    for _ in range(repeats):
-                        model(x)
-
-            def plain(model: torch.nn.Module = model, x: torch.Tensor = x, repeats: int = repeats) -> None:
-                for _ in range(repeats):
-                    model(x)
-
-            with torch.inference_mode():
-                times = interleaved({'recorded': recorded, 'plain': plain}, rounds=20)
+            with record(models['recorded']), torch.inference_mode():
+                runs = {kind: partial(model, x) for kind, model in models.items()}
+                times = interleaved(runs, rounds=20, repeats=repeats)
             lines.append([name, layout, str(batch), str(size), f'{ratio(times["recorded"], times["plain"]):.3f}'])
     print(markdown(lines))
     print(machine())

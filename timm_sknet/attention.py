@@ -34,6 +34,7 @@ from timm_sknet.predict import BATCH_SIZE, read_image
 
 SCALES = (1.0, 1.5, 2.0)
 SAVE_EVERY = 30  # seconds between two states of an experiment
+ADD_UP_EVERY = 64  # images, so that single ones cost a small model no time
 
 
 class Unit:
@@ -56,6 +57,7 @@ class Unit:
         convs = [next(m for m in branch.modules() if isinstance(m, nn.Conv2d)) for branch in branches]
         self.extents = [(conv.kernel_size[0] - 1) * conv.dilation[0] + 1 for conv in convs]
         self._recording = True
+        self._pending: List[Tensor] = []
         parameter = next(attn.parameters())
         with torch.inference_mode(False):  # else they could not be written to outside that mode
             shape = (2, len(branches), convs[0].out_channels)
@@ -67,10 +69,17 @@ class Unit:
     def _add(self, module: nn.Module, args: Any, a: Tensor) -> None:
         if not self._recording:  # a compiled model keeps its hooks; on this flag it is compiled again, without
             return
-        a = a.detach().flatten(2)  # timm's are (B, M, C, 1, 1)
-        self.last = a
-        self._count += a.shape[0]
-        self._sums += torch.stack((a, a.square())).sum(1, dtype=torch.float64)
+        self.last = a.detach().flatten(2)  # timm's are (B, M, C, 1, 1)
+        self._pending.append(self.last)
+        if torch.compiler.is_compiling() or len(self._pending) * a.shape[0] >= ADD_UP_EVERY:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        if self._pending:
+            a = torch.cat(self._pending)
+            self._pending.clear()
+            self._count += a.shape[0]
+            self._sums += torch.stack((a, a.square())).sum(1, dtype=torch.float64)
 
     def _end(self) -> None:
         self._handle.remove()
@@ -79,6 +88,7 @@ class Unit:
     @property
     def count(self) -> int:
         """Number of images. With gradient checkpointing each counts twice, as its units run twice."""
+        self._add_up()
         return int(self._count)
 
     @property
@@ -95,7 +105,7 @@ class Unit:
     @property
     def std(self) -> Tensor:
         """Standard deviation of the attention over images, (M, C)."""
-        mean = self.mean  # first, for its error
+        mean = self.mean
         return (self._sums[1] / self._count - mean.square()).clamp(min=0).sqrt()
 
     @property

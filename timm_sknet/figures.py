@@ -145,7 +145,7 @@ def _readable(classes: Sequence[str]) -> List[str]:
     """Returns the classes, those of ImageNet by their first word where folders have WordNet ids: n01440764 is tench."""
     if not any(re.fullmatch(r'n\d{8}', name) for name in classes):
         return list(classes)
-    words = ImageNetInfo('imagenet-22k').label_descriptions(as_dict=True)
+    words: Any = ImageNetInfo('imagenet-22k').label_descriptions(as_dict=True)
     return [words[name].split(',')[0] if name in words else name for name in classes]
 
 
