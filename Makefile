@@ -10,7 +10,7 @@ demo: .venv/installed
 	.venv/bin/timm-sknet predict
 
 test: .venv/installed-tests
-	.venv/bin/pytest
+	REQUIRE_ECOSYSTEM=1 .venv/bin/pytest
 
 lint: .venv/installed-tests
 	.venv/bin/ruff check .

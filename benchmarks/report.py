@@ -128,9 +128,7 @@ def targets(rows: List[Row]) -> str:
         value = ratio(rows, target)
         reached = '' if value is None else 'yes' if value >= target.least else 'no'
         least = f'>= {target.least:.2f}'
-        lines.append(
-            [target.what, target.layout, str(target.batch), target.theirs, least, number(value), reached],
-        )
+        lines.append([target.what, target.layout, str(target.batch), target.theirs, least, number(value, 3), reached])
     value = kept(rows, 'timm ResNeXt')
     reached = '' if value is None else 'yes' if value <= MOST_SAVED else 'no'
     memory_of = ['saved activations', 'channels_last', '8', 'timm ResNeXt (bytes)', f'<= {MOST_SAVED:.2f}']
@@ -233,8 +231,8 @@ def report(rows: List[Row], name: str) -> str:
         '# Results',
         'Written by `benchmarks/report.py` from `results.json`; `benchmarks/run.sh` measures it all again. Times are '
         'medians over rounds in which every network runs once in the same process; ratios are taken within a round, '
-        'and their median is shown: 1.10 over another network is 1.10 times its speed. NCHW is the contiguous layout, '
-        'in which our networks compute a large batch in channels_last inside. Networks that are the same '
+        'and their median is shown: 1.10 over another network is 1.10 times its speed. NCHW is the contiguous layout; '
+        'for inference, our networks compute a large batch of it in channels_last inside. Networks that are the same '
         '(timm_sknet, timm SK, pytorchcv) have the same weights, and their outputs are compared before they are timed. '
         '"attention-free" is the same network with V = U_1 + U_2, which no SK convolution of these branches can beat. '
         'holocron (pylocron) is another network: 35M parameters, sigmoid before the softmax, 10 classes.',
@@ -271,8 +269,8 @@ def main() -> None:
     parser.add_argument('results', type=rows_of, help='JSON that the benchmarks have written with --out')
     parser.add_argument('out', type=Path, help='Markdown, beside which pictures are put')
     args = parser.parse_args()
-    if not args.out.parent.is_dir():
-        parser.error(f'argument out: there is no folder {str(args.out.parent)!r}: make it first')
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        parser.error(f'argument out: must be a file in a folder that exists, got {str(args.out)!r}')
     rows = args.results
     if bars(rows):
         draw_speed(bars(rows), args.out.with_name(f'{args.out.stem}_speed.png'))

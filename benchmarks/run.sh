@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-../.venv/bin/python}
+[ -x "$python" ] || python=python
 rounds=${1:-8}
 out=(--out results.json)
 

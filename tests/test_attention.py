@@ -1,5 +1,6 @@
 """Recording attention, the scale experiment, and the figures of `timm-sknet attention`."""
 
+import copy
 import csv
 import math
 import xml.etree.ElementTree
@@ -321,7 +322,7 @@ def test_an_interrupted_experiment_goes_on(folder, model, tmp_path, monkeypatch)
     handle.remove()
 
 
-@pytest.mark.parametrize('scales', [[], [0.5], [1, math.nan], [math.inf]])
+@pytest.mark.parametrize('scales', [[], [0.5], [1, math.nan], [math.inf], [17], [1, 1]])
 def test_scales_that_do_not_enlarge_are_refused(scales, model, folder):
     with pytest.raises(ValueError, match='at least 1'):
         scale_experiment(model, files_of(folder), scales)
@@ -376,6 +377,59 @@ def test_classes_of_imagenet_are_named_in_words(tmp_path):
     draw(['n01440764', 'n99999999', 'red, blue'], tmp_path / 'figure.svg')
     text = (tmp_path / 'figure.svg').read_text()
     assert all(f'<!-- {name} -->' in text for name in ('tench', 'n99999999', 'red, blue')) and 'n01440764' not in text
+
+
+def test_names_that_are_no_text_or_look_like_formulas_can_be_drawn(tmp_path):
+    draw(['p$^$q', 'p$\\x$', 'bad\udcff', 'two\nlines'], tmp_path / 'figure.svg')
+    text = (tmp_path / 'figure.svg').read_text()
+    assert all(f'<!-- {name} -->' in text for name in ('p$^$q', 'p$\\x$', 'bad\\udcff', 'two?lines'))
+
+
+def test_the_command_spares_its_images(folder, tmp_path, capsys):
+    image = tmp_path / 'image.png'
+    image.write_bytes((folder / 'cat' / '0.png').read_bytes())
+    code, _, complaint = run(capsys, image, '--out', image)
+    assert code == 2 and 'would replace the image' in complaint
+    assert image.read_bytes() == (folder / 'cat' / '0.png').read_bytes()
+    out = folder / 'figure.png'
+    for _ in range(2):  # the second time, the figure lies among the images
+        run(capsys, folder, '--out', out, '--csv', tmp_path / 'figures.csv')
+        with open(tmp_path / 'figures.csv') as f:
+            assert {row['group'] for row in csv.DictReader(f)} == {'cat', 'dog'}
+    (tmp_path / 'folder.csv').mkdir()
+    assert 'must be a file' in run(capsys, image, '--out', out, '--csv', tmp_path / 'folder.csv')[2]
+
+
+def test_two_networks_in_one(model):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = copy.deepcopy(model), copy.deepcopy(model)
+
+    found = attention.find_units(Two())
+    assert len(found) == 2 * len(attention.find_units(model)) and all(name == unit[0] for name, unit in found.items())
+
+
+def test_another_model_of_the_same_kind_was_compiled_before(model):
+    other = copy.deepcopy(model)
+    x = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        torch.compile(other, backend='eager')(x)
+        with record(model) as units:
+            compiled = torch.compile(model, backend='eager')
+            for batch in 3, 5, 3:
+                compiled(torch.randn(batch, 3, 32, 32))
+    assert {unit.count for unit in units.values()} == {11}
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_an_image_that_comes_again_has_no_deviation(dtype):
+    model = timm.create_model('sknet12', dtype=dtype).eval()
+    x = torch.randn(1, 3, 32, 32, dtype=dtype)
+    with record(model) as units, torch.inference_mode():
+        for _ in range(3):
+            model(x)
+    assert all(unit.std.max() < 1e-7 for unit in units.values())
 
 
 @pytest.mark.parametrize(

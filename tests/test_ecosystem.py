@@ -4,6 +4,8 @@ What these packages are is said once, by the extra `ecosystem`; the README's tab
 """
 
 import copy
+import importlib
+import os
 import re
 import subprocess
 import sys
@@ -25,6 +27,11 @@ from timm_sknet.sknets import default_cfgs
 
 PHOTOS = Path(timm_sknet.__file__).parent / 'photos'
 INT8 = Path(__file__).parents[1] / 'benchmarks' / 'int8.py'
+
+
+def need(name):
+    """Imports a package; where it is missing the test is skipped, but not where the whole extra must be installed."""
+    return importlib.import_module(name) if os.environ.get('REQUIRE_ECOSYSTEM') else pytest.importorskip(name)
 
 
 @pytest.fixture(scope='module')
@@ -58,7 +65,7 @@ def has_gradients(model):
 
 @torch.no_grad()
 def test_transformers_image_classification(folder):
-    transformers = pytest.importorskip('transformers')
+    transformers = need('transformers')
     model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model(x).logits, embedded()(x))
@@ -66,7 +73,7 @@ def test_transformers_image_classification(folder):
 
 @torch.no_grad()
 def test_transformers_pipeline(folder):
-    transformers = pytest.importorskip('transformers')
+    transformers = need('transformers')
     classify = transformers.pipeline('image-classification', folder)
     best = classify(str(PHOTOS / 'horse.jpg'))[0]
     assert best['label'] == 'horse'
@@ -80,8 +87,8 @@ def test_transformers_pipeline(folder):
 @pytest.mark.parametrize('source', ['name', 'folder'])
 @torch.no_grad()
 def test_transformers_timm_backbone(folder, source):
-    transformers = pytest.importorskip('transformers')
-    initialization = pytest.importorskip('transformers.initialization')
+    transformers = need('transformers')
+    initialization = need('transformers.initialization')
     name = 'sknet12.cifar10' if source == 'name' else f'local-dir:{folder}'
     with initialization.no_init_weights():  # which resets the running statistics of every batch norm
         backbone = transformers.TimmBackbone.from_pretrained(name, out_indices=(0, 1, 2)).eval()
@@ -92,7 +99,7 @@ def test_transformers_timm_backbone(folder, source):
 
 @torch.no_grad()
 def test_transformers_timm_backbone_with_an_output_stride():
-    transformers = pytest.importorskip('transformers')
+    transformers = need('transformers')
     config = transformers.TimmBackboneConfig(backbone='sknet26', out_indices=(3, 4), output_stride=16)
     maps = transformers.TimmBackbone(config).eval()(torch.randn(1, 3, 64, 64)).feature_maps
     assert [m.shape[1:] for m in maps] == [(1024, 4, 4), (2048, 4, 4)]
@@ -105,7 +112,7 @@ def test_transformers_timm_backbone_with_an_output_stride():
     ('decoder', 'strides'), [('Unet', [1, 2, 4, 8, 16, 32]), ('DeepLabV3Plus', [1, 2, 4, 8, 16, 16])]
 )
 def test_segmentation_models_pytorch(decoder, strides):
-    smp = pytest.importorskip('segmentation_models_pytorch')
+    smp = need('segmentation_models_pytorch')
     stride = {'encoder_output_stride': 16} if decoder == 'DeepLabV3Plus' else {}
     model = getattr(smp, decoder)('tu-sknet50', encoder_weights=None, classes=2, **stride)
     x = torch.randn(2, 3, 64, 64)
@@ -117,7 +124,7 @@ def test_segmentation_models_pytorch(decoder, strides):
 
 
 def test_segmentation_with_a_network_for_small_images():
-    smp = pytest.importorskip('segmentation_models_pytorch')
+    smp = need('segmentation_models_pytorch')
     model = smp.Unet('tu-sknet12', encoder_weights=None, encoder_depth=2, decoder_channels=(32, 16), classes=2)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 2, 32, 32)
 
@@ -152,7 +159,7 @@ def test_torchvision_detection():
 
 
 def test_fastai_vision_learner(tmp_path):
-    pytest.importorskip('fastai')
+    need('fastai')
     from fastai.vision.all import ImageDataLoaders, vision_learner
 
     rng = np.random.default_rng(0)
@@ -173,14 +180,14 @@ def test_fastai_vision_learner(tmp_path):
 
 @torch.no_grad()
 def test_fastai_cuts_the_body():
-    learner = pytest.importorskip('fastai.vision.learner')
+    learner = need('fastai.vision.learner')
     body = learner.create_body(embedded(), pretrained=False).eval()
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(body(x), embedded().forward_features(x))
 
 
 def test_lightning_training_step(two_classes, tmp_path):
-    lightning = pytest.importorskip('lightning')
+    lightning = need('lightning')
     losses = []
 
     class Classifier(lightning.LightningModule):
@@ -319,7 +326,7 @@ def test_torch_compile_with_dynamic_batch_and_size():
 @pytest.mark.slow
 @pytest.mark.parametrize('rounds', [0, 1], ids=['eager', 'compiled'])
 def test_torchao_int8_convolutions_included(tmp_path, rounds):
-    pytest.importorskip('torchao')
+    need('torchao')
     for name in 'bird', 'cat', 'deer', 'horse':
         for split in 'train', 'val':
             (tmp_path / split / name).mkdir(parents=True)

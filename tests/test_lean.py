@@ -226,6 +226,16 @@ def test_a_loss_on_the_attention_reaches_the_convolutions(calls, with_output):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
+def test_a_loss_may_be_taken_in_a_hook_on_the_attention(calls):
+    layer, plain = pair()
+    for m in layer, plain:
+        m.attn.register_forward_hook(lambda module, args, a: a.square().sum().backward(retain_graph=True))
+        m(images(3, 16, 5, 5)).square().mean().backward()
+    assert len(calls) == 1
+    for (name, p), q in zip(layer.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_gradients_may_be_taken_piece_by_piece(calls):
     layer, plain = pair()
     grads = []
@@ -244,6 +254,16 @@ def test_frozen_branches_leave_the_attention_its_gradient(calls):
         m(images(3, 16, 5, 5)).square().sum().backward()
     assert calls
     torch.testing.assert_close(layer.attn.fc1.weight.grad, plain.attn.fc1.weight.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_is_kept_where_the_branches_need_no_gradient():
+    layer, _ = pair(dtype=torch.float32)
+    layer.branches.requires_grad_(False)
+    kept = []
+    layer.attn.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    V = layer(images(4, 16, 32, 32, dtype=torch.float32))
+    V.sum().backward()
+    assert not kept[0].requires_grad and V.grad_fn.unit.again is None
 
 
 def plain_reason(kind):
@@ -364,11 +384,14 @@ def test_threads_may_share_a_layer(calls):
     assert len(calls) == 100 and all(p is q for p, q in zip(parameters, layer.parameters()))
 
 
-def test_second_derivatives_name_the_remedy():
+def test_second_derivatives_and_batched_gradients_name_the_remedy():
     layer, plain = pair()
     x = images(3, 16, 5, 5).requires_grad_()
     with pytest.raises(RuntimeError, match='SelectiveKernelConv.lean = False'):
         torch.autograd.grad(layer(x).square().mean(), x, create_graph=True)
+    V = layer(x)
+    with pytest.raises(RuntimeError, match='SelectiveKernelConv.lean = False'):
+        torch.autograd.grad(V, x, torch.ones(2, *V.shape, dtype=V.dtype), is_grads_batched=True)
     (grad,) = torch.autograd.grad(plain(x).square().mean(), x, create_graph=True)
     grad.square().sum().backward()
     assert plain.branches[0].conv.weight.grad.abs().max() > 0

@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import re
+import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from timm_sknet.predict import BATCH_SIZE, read_image
 
 SCALES = (1.0, 1.5, 2.0)
 SAVE_EVERY = 30  # seconds between two states of an experiment
+MOST_ENLARGED = 16
 ADD_UP_EVERY = 64  # images, so that single ones cost a small model no time
 
 
@@ -71,15 +73,15 @@ class Unit:
             return
         self.last = a.detach().flatten(2)  # timm's are (B, M, C, 1, 1)
         self._pending.append(self.last)
-        if torch.compiler.is_compiling() or len(self._pending) * a.shape[0] >= ADD_UP_EVERY:
+        if torch.compiler.is_compiling() or len(self._pending) * max(1, a.shape[0]) >= ADD_UP_EVERY:
             self._add_up()
 
     def _add_up(self) -> None:
-        if self._pending:
-            a = torch.cat(self._pending)
-            self._pending.clear()
+        pending, self._pending = self._pending, []
+        if pending:
+            a = torch.cat(pending).double()
             self._count += a.shape[0]
-            self._sums += torch.stack((a, a.square())).sum(1, dtype=torch.float64)
+            self._sums += torch.stack((a, a.square())).sum(1)
 
     def _end(self) -> None:
         self._handle.remove()
@@ -143,7 +145,8 @@ def record(model: nn.Module) -> Iterator[Dict[str, Unit]]:
 
     The units are those of `SelectiveKernelConv` and of timm's `SelectiveKernel` with two branches or more, wherever in
     the model they are. It may be folded, in training mode, or be compiled within the context. Memory is bounded:
-    running statistics and the weights of the last batch are kept, no map. Outputs do not change.
+    running statistics and the weights of the last batches are kept, no map. Outputs do not change. What torch.compile
+    has compiled in this process is compiled again, as its graphs do not see what is added later. For one thread.
 
     Args:
         model: The model itself, not what torch.compile returned.
@@ -162,6 +165,8 @@ def record(model: nn.Module) -> Iterator[Dict[str, Unit]]:
                 'nothing would be recorded. Begin with the model that is not compiled: with record(model): '
                 'compiled = torch.compile(model); compiled(images).'
             )
+    if 'torch._dynamo' in sys.modules:
+        torch._dynamo.reset()  # its graphs of another model of the same code would be used for this one
     units = {}
     try:
         for name, found in find_units(model).items():
@@ -196,7 +201,8 @@ def find_units(model: nn.Module) -> Dict[str, Tuple[str, nn.ModuleList, nn.Modul
     names = [
         (name if times[name] == 1 else f'{name}.{rest}') if name else path for (name, rest), path in named
     ]  # units of ShuffleNets may have two SK convolutions
-    return dict(zip(names, found))
+    times = Counter(names)
+    return {name if times[name] == 1 else path: unit for name, (_, path), unit in zip(names, named, found)}
 
 
 def _paper_name(path: str) -> Tuple[str, str]:
@@ -268,18 +274,21 @@ def scale_experiment(
     Args:
         model: In eval mode; its cfg says how images are preprocessed.
         files: The images; the name of the folder that one lies in is its class.
-        scales: Factors of at least 1.
+        scales: Factors of 1 to `MOST_ENLARGED`, each once.
         workers: Processes that read images, beside this one.
         state: File that keeps what is done when a run ends early, for the next run of the same model, files and scales
             to go on from. It is removed in the end.
         on_error: Called with the reason for each image that cannot be read; it is left out of the result.
 
     Raises:
-        ValueError: For scales below 1, a model without SK units, or where no image can be read.
+        ValueError: For other scales, a model without SK units, or where no image can be read.
     """
     scales = [float(scale) for scale in scales]
-    if not scales or not all(1 <= scale < math.inf for scale in scales):
-        raise ValueError(f'Scales must be numbers of at least 1, by which images are enlarged, got {scales}.')
+    if not scales or not all(1 <= scale <= MOST_ENLARGED for scale in scales) or len(set(scales)) < len(scales):
+        raise ValueError(
+            f'Scales, by which images are enlarged, must be numbers of at least 1 and at most {MOST_ENLARGED}, each '
+            f'once, got {scales}.'
+        )
     identity = _identity(model, files, scales) if state else ''  # reads all weights
     kept = _load(state, identity)
     done = int(kept.pop('done', torch.tensor(0)))

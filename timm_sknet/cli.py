@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs='+',
         default=[],
         metavar='NAME',
-        help="units whose classes or channels are shown, such as SK_3_4 (default: the paper's choice)",
+        help="units whose classes or channels are shown, such as SK_3_2 (default: the paper's choice)",
     )
     attention.add_argument(
         '--workers', type=_whole, default=0, metavar='N', help='processes that read images (default: %(default)s)'
@@ -250,14 +250,19 @@ def _attention(args: argparse.Namespace) -> int:
                 raise ValueError(f'{option} must end in {" or ".join(endings)}, got {str(file)!r}.')
             if file and not file.parent.is_dir():
                 raise ValueError(f'There is no folder {str(file.parent)!r} to write {option} {file.name} to: make it.')
-        files = [file for path in args.paths for file in find_images(path)]
+            if file and file.is_dir():
+                raise ValueError(f'{option} must be a file, got the folder {str(file)!r}.')
+        if any(args.out.absolute() == Path(path).absolute() for path in args.paths):
+            raise ValueError(f'--out would replace the image {str(args.out)!r}: give it another name.')
+        found = (file for path in args.paths for file in find_images(path))
+        files = [file for file in found if file.absolute() != args.out.absolute()]  # that of an earlier run
         if not by_class and len(files) > MOST_IMAGES:
             raise ValueError(
                 f'{len(files)} images do not fit into one figure: give {MOST_IMAGES} at most, or a folder of them.'
             )
         model = load_model(args.model)
         known = list(find_units(model))
-        units = args.units or typical_units(known)[slice(None) if by_class else slice(1, 2)]
+        units = list(dict.fromkeys(args.units)) or typical_units(known)[slice(None) if by_class else slice(1, 2)]
         unknown = [name for name in units if name not in known]
         if unknown:
             raise ValueError(f'{args.model} has no unit {", ".join(unknown)}. It has {", ".join(known)}.')
@@ -301,9 +306,10 @@ def _recipe(args: argparse.Namespace) -> int:
             what, *_ = file.read_text().splitlines()
             print(f'{name:24}{what.removeprefix("# ")}')
         return 0
-    if args.name not in recipes:
+    name = args.name.removesuffix('.yaml')
+    if name not in recipes:
         return _refuse(ValueError(f'There is no recipe {args.name!r}. There are {", ".join(recipes)}.'))
-    print(recipes[args.name])
+    print(recipes[name])
     return 0
 
 

@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 from typing import Any, List, Sequence
 
+import matplotlib
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ MOST_NAMES = 40  # classes whose names fit below an axis; with more, it has thei
 MARKERS = 'os^Dv<>P'
 
 
+@matplotlib.rc_context({'text.parse_math': False})  # names may hold a $
 def draw_images(model: nn.Module, results: Sequence[ScaleResult], units: Sequence[str], file: Path) -> None:
     """Draws a row for each image: the image at each scale, the attention in every unit and in channels (figure 3).
 
@@ -49,6 +52,7 @@ def draw_images(model: nn.Module, results: Sequence[ScaleResult], units: Sequenc
     _finish(figure, axes[0][len(scales)], results[0], file)
 
 
+@matplotlib.rc_context({'text.parse_math': False})
 def draw_classes(result: ScaleResult, units: Sequence[str], file: Path) -> None:
     """Draws the attention in every unit, mean over all images, and in some units for each class (figure 4).
 
@@ -105,6 +109,7 @@ def _draw_channels(ax: Axes, result: ScaleResult, unit: str) -> None:
     for s, style in enumerate(_styles(result.scales)):
         ax.plot(profile[s][order], **style, ms=2 if profile.shape[1] > 100 else 3, lw=0)
     _label(ax, result, unit)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel(f'channels, in their order at {result.scales[0]:g}x', fontsize=8)
 
 
@@ -150,6 +155,8 @@ def _readable(classes: Sequence[str]) -> List[str]:
 
 
 def _short(text: str, most: int) -> str:
+    text = text.encode(errors='backslashreplace').decode()  # names of files can hold bytes that are no text
+    text = ''.join(c if c.isprintable() else '?' for c in text)
     return text if len(text) <= most else f'{text[: most - 3]}...'
 
 

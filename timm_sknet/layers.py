@@ -250,6 +250,7 @@ class SelectiveKernelConv(nn.Module):
             eager_on_cpu(x)
             and self.lean
             and self.attn is not None
+            and x.dim() == 4
             and x.shape[0] > 1
             and torch.is_grad_enabled()
             and not _has_any_global_hook()

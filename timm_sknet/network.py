@@ -243,8 +243,8 @@ class SKNet(nn.Module):
         overrides: Any field of `SKNetCfg` to replace.
 
     Attributes:
-        channels_last_from: Pixels of a batch from which on a CPU computes it in channels_last, where that is faster;
-            features come back in the images' own layout. `float('inf')` keeps to the images' layout.
+        channels_last_from: Pixels of a contiguous batch from which on a CPU computes it in channels_last, where that is
+            faster, if no gradients are wanted; features come back contiguous. `float('inf')` keeps it contiguous.
 
     Raises:
         TypeError: For an unknown argument.
@@ -465,8 +465,9 @@ class SKNet(nn.Module):
 
     @torch.jit.ignore
     def _faster_in_channels_last(self, x: Tensor) -> bool:
-        pixels = x.shape[0] * x.shape[2:].numel() if eager_on_cpu(x) and x.dim() == 4 and x.is_contiguous() else 0
-        return pixels >= self.channels_last_from and x.dtype != torch.float64
+        if not eager_on_cpu(x) or torch.is_grad_enabled() or x.dim() != 4 or not x.is_contiguous():
+            return False  # gradients would show it
+        return x.shape[0] * x.shape[2] * x.shape[3] >= self.channels_last_from and x.dtype != torch.float64
 
     def forward_features(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():

@@ -82,14 +82,16 @@ class _Unit:
     """What fuse and select hand each other beside the gradients.
 
     Attributes:
-        U: The branches' outputs, for select in forward and for fuse in backward.
+        U: The branches' outputs, from fuse to select in forward.
         saved: What both save for backward: map, weight, bias, mean and 1 / standard deviation of each branch.
-        a: The attention weights.
+        a: The attention weights, from select in forward to fuse in backward.
+        again: U computed again, from select to fuse in backward.
     """
 
-    U: Optional[List[Tensor]] = None
+    U: Sequence[Tensor] = ()
     saved: Sequence[Tensor] = ()
-    a: Tensor
+    a: Optional[Tensor] = None
+    again: Optional[List[Tensor]] = None
 
 
 class _Once(torch.autograd.Function):
@@ -100,14 +102,14 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(_ONCE)
 
     @staticmethod
-    def check() -> None:
-        if torch.is_grad_enabled():
+    def check(grad: Tensor) -> None:
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched=True
             raise RuntimeError(_ONCE)
 
 
 _ONCE = (
-    'In training, an SK convolution can be differentiated once only, and backwards: for higher derivatives and forward '
-    'mode set SelectiveKernelConv.lean = False before the forward pass.'
+    'In training, an SK convolution can be differentiated once only, and backwards: for others (higher, forward, '
+    'batched) set SelectiveKernelConv.lean = False before the forward pass.'
 )
 
 
@@ -133,12 +135,13 @@ class _Fuse(_Once):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        _Once.check()
         ds, dV = grads
+        _Once.check(dV)
         unit, saved = ctx.unit, ctx.saved_tensors
-        U, unit.U = unit.U or _outputs(saved), None
+        U, unit.again = unit.again or _outputs(saved), None
         M = len(U)
-        a = unit.a[..., None, None].to(dV.dtype)
+        # before select has run there may be a loss on the attention, and no dV
+        a = dV.new_zeros(1, M, 1, 1, 1) if unit.a is None else unit.a[..., None, None].to(dV.dtype)
         ds = ds / (dV.shape[2] * dV.shape[3])
         buffer = torch.empty_like(U[0])
         dmaps, dweights, dbiases = [], [], []
@@ -159,19 +162,20 @@ class _Select(_Once):
 
     @staticmethod
     def forward(ctx: Any, unit: _Unit, a: Tensor, V: Tensor) -> Tensor:
-        assert unit.U is not None
-        U, unit.U = unit.U, None
         ctx.unit, unit.a = unit, a.detach()
         ctx.save_for_backward(a, *unit.saved)
-        unit.saved = ()
-        return select(U, a)
+        V = select(list(unit.U), a)
+        unit.U = unit.saved = ()
+        return V
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        _Once.check()
         (dV,) = grads
+        _Once.check(dV)
         a, *saved = ctx.saved_tensors
-        ctx.unit.U = U = _outputs(saved)
+        U = _outputs(saved)
+        if ctx.needs_input_grad[2]:
+            ctx.unit.again = U
         if len(U) == 2:  # that of lerp
             da = torch.sub(*U).mul_(dV).sum((2, 3), dtype=a.dtype)
             da = torch.stack((da, torch.zeros_like(da)), dim=1)
