@@ -38,7 +38,7 @@ def test_the_attention_of_the_readme_is_recorded(capsys):
     block = re.search(r'```python\n([^`]*?from timm_sknet.attention import record.*?)```', README, re.DOTALL)[1]
     names = {}
     exec(block, names)
-    assert names['units']['SK_3_2'].mean.shape == (2, 64) and 'tensor' in capsys.readouterr().out
+    assert names['units']['SK_3_2'].mean.shape == (2, 32) and 'tensor' in capsys.readouterr().out
 
 
 def test_versions_shown_are_those_that_the_tests_install():
