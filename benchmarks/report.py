@@ -249,9 +249,9 @@ def report(rows: List[Row], name: str) -> str:
         '(exponents). Folding could rewrite these convolutions, exactly, into fewer and larger pieces; it does not, as '
         'that pays only where it is above 1 in the last table at every size and batch. The compiler makes the same few '
         f'loops of any way to write select: compiled, attention-free itself has {compiled} times the speed of '
-        f"timm's SK (channels_last, batch 8). In a training step it has {trained} times that speed (NCHW), so the target "
-        "of 1.10 is out of reach there; it was met in runs in which timm's SK took 2.5 seconds instead of 2.1. That a "
-        'compiled model is one graph for all batches, that an exported one has no '
+        f"timm's SK (channels_last, batch 8). In a training step it has {trained} times that speed (NCHW), so the "
+        "target of 1.10 is out of reach there; it was met in runs in which timm's SK took 2.5 seconds instead of 2.1. "
+        'That a compiled model is one graph for all batches, that an exported one has no '
         'needless operators, and what a unit costs in operators and memory, is held by `tests/test_costs.py` and '
         '`tests/test_lean.py`.',
     ]
