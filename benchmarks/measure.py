@@ -9,6 +9,7 @@ import platform
 import re
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
@@ -26,13 +27,14 @@ def options(doc: Optional[str], **numbers: int) -> argparse.ArgumentParser:
     found.add_argument('--layout', choices=LAYOUTS, default='channels_last')
     found.add_argument('--out', type=kept, metavar='JSON', help='file to put the results into')
     for name, default in numbers.items():
-        found.add_argument(f'--{name}', type=positive, default=default, help=f'{default} if not given')
+        least = 0 if name == 'warmup' else 1
+        found.add_argument(f'--{name}', type=partial(whole, least), default=default, help=f'{default} if not given')
     return found
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, got {text!r}')
+def whole(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f'must be a whole number of at least {least}, got {text!r}')
     return int(text)
 
 

@@ -58,7 +58,7 @@ def test_memory_of_each_network_as_it_is_and_checkpointed(tmp_path):
 @pytest.mark.slow
 def test_scaling_counts_what_it_times(tmp_path):
     out = tmp_path / 'rows.json'
-    assert run('scaling.py', '--rounds', 1, '--warmup', 0, '--out', out).count('| batch |') == 1
+    assert run('scaling.py', '--rounds', 1, '--warmup', 0, '--out', out).count('| batch |') == 6 + 1  # points, and their exponent
     rows = {tuple(row['place'].values()): row for row in json.loads(out.read_text())}
     assert rows[224, 1, 2]['macs'] == pytest.approx(4.463e9, rel=0.005)
     assert rows[224, 8, 2]['macs'] == 8 * rows[224, 1, 2]['macs']
@@ -73,3 +73,29 @@ def test_the_report_is_of_the_results(tmp_path):
         assert (tmp_path / picture).stat().st_size > 10_000 and (BENCHMARKS / picture).exists()
     summary = shown.split('## In short')[1].split('##')[0].strip()
     assert summary in (BENCHMARKS.parent / 'README.md').read_text()
+
+
+@pytest.mark.parametrize(
+    'argv, complaint',
+    [
+        (['speed.py', '--only', 'nosuch'], "must be timm_sknet and any of ['attention-free'"),
+        (['speed.py', '--model', 'resnet18'], "invalid choice: 'resnet18'"),
+        (['memory.py', '--batch', '0'], "must be a whole number of at least 1, got '0'"),
+        (['scaling.py', '--out', 'nowhere/rows.json'], "there is no folder 'nowhere': make it first"),
+        (['report.py', __file__, 'RESULTS.md'], 'is no file that a benchmark has written with --out'),
+    ],
+    ids=lambda value: '' if isinstance(value, str) else ' '.join(value[:2]),
+)
+def test_bad_arguments_are_named(tmp_path, argv, complaint):
+    program, *rest = argv
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / program, *rest], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and complaint in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_a_report_of_some_networks_leaves_the_rest_blank(tmp_path):
+    rows = [row for row in json.loads((BENCHMARKS / 'results.json').read_text()) if row['settings']['case'] == 'bf16']
+    (tmp_path / 'rows.json').write_text(json.dumps(rows[:3]))
+    run('report.py', tmp_path / 'rows.json', tmp_path / 'some.md')
+    assert '| compiled | NCHW | 8 | timm SK | >= 1.00 |  |  |' in (tmp_path / 'some.md').read_text()
