@@ -58,7 +58,8 @@ def test_memory_of_each_network_as_it_is_and_checkpointed(tmp_path):
 @pytest.mark.slow
 def test_scaling_counts_what_it_times(tmp_path):
     out = tmp_path / 'rows.json'
-    assert run('scaling.py', '--rounds', 1, '--warmup', 0, '--out', out).count('| batch |') == 6 + 1  # points, and their exponent
+    shown = run('scaling.py', '--rounds', 1, '--warmup', 0, '--out', out)
+    assert shown.count('| batch |') == 6 + 1  # the points and their exponent
     rows = {tuple(row['place'].values()): row for row in json.loads(out.read_text())}
     assert rows[224, 1, 2]['macs'] == pytest.approx(4.463e9, rel=0.005)
     assert rows[224, 8, 2]['macs'] == 8 * rows[224, 1, 2]['macs']
