@@ -10,9 +10,8 @@ import argparse
 from typing import Any, Callable, Dict, List
 
 import torch
-from measure import LAYOUTS, device, interleaved, keep, markdown, options, quartiles, ratio
+from measure import LAYOUTS, device, inference, interleaved, keep, macs, markdown, options, quartiles, ratio
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 STAGES = [(128, 56), (256, 28), (512, 14), (1024, 7)]  # channels and size of the SK convolutions' maps
 KINDS: Dict[str, Callable[[int], nn.Module]] = {
@@ -25,25 +24,12 @@ KINDS: Dict[str, Callable[[int], nn.Module]] = {
 PLAIN = '1x1', '3x3', '3x3 dilated'
 
 
-def run(conv: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    @torch.inference_mode()
-    def forward() -> torch.Tensor:
-        return conv(x)
-
-    return forward
-
-
 def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
     rows = []
     layout = LAYOUTS[args.layout]
     for stage, (C, size) in enumerate(STAGES):
         x = torch.randn(args.batch, C, size, size, device=device()).contiguous(memory_format=layout)
-        runs = {kind: run(make(C).to(device=device(), memory_format=layout), x) for kind, make in KINDS.items()}
-        macs = {}
-        for kind in runs:
-            with FlopCounterMode(display=False) as counter:
-                runs[kind]()
-            macs[kind] = counter.get_total_flops() // 2
+        runs = {kind: inference(make(C).to(device=device(), memory_format=layout), x) for kind, make in KINDS.items()}
         times = interleaved(runs, args.rounds, args.warmup, args.repeats)
         both = [a + b for a, b in zip(times['3x3'], times['3x3 dilated'])]
         rows.append(
@@ -51,7 +37,7 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
                 'settings': {'case': 'convolutions', 'layout': args.layout, 'batch': args.batch},
                 'place': {'stage': stage, 'C': C, 'size': size},
                 'run': {key: getattr(args, key) for key in ('rounds', 'warmup', 'repeats')},
-                'macs per second': {kind: macs[kind] / quartiles(times[kind])[1] for kind in PLAIN},
+                'macs per second': {kind: macs(runs[kind]) / quartiles(times[kind])[1] for kind in PLAIN},
                 'speed over': {'5x5': ratio(both, times['5x5']), '16 groups': ratio(times['3x3'], times['16 groups'])},
             }
         )

@@ -4,7 +4,6 @@ import argparse
 import importlib
 import importlib.util
 import json
-import os
 import platform
 import re
 import statistics
@@ -15,7 +14,11 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+from timm_sknet.attention import replacing
 
 LAYOUTS = {'channels_last': torch.channels_last, 'NCHW': torch.contiguous_format}
 Times = Dict[str, List[float]]
@@ -27,9 +30,18 @@ def options(doc: Optional[str], **numbers: int) -> argparse.ArgumentParser:
     found.add_argument('--layout', choices=LAYOUTS, default='channels_last')
     found.add_argument('--out', type=kept, metavar='JSON', help='file to put the results into')
     for name, default in numbers.items():
-        least = 0 if name == 'warmup' else 1
-        found.add_argument(f'--{name}', type=partial(whole, least), default=default, help=f'{default} if not given')
+        what = f'{NUMBERS[name]} (default: {default})'
+        found.add_argument(f'--{name}', type=partial(whole, 0 if name == 'warmup' else 1), default=default, help=what)
     return found
+
+
+NUMBERS = {
+    'batch': 'images',
+    'size': 'height and width of the images',
+    'rounds': 'rounds that count',
+    'warmup': 'rounds before those',
+    'repeats': 'runs in a row that are timed together',
+}
 
 
 def whole(least: int, text: str) -> int:
@@ -65,6 +77,21 @@ def device() -> torch.device:
 def images(batch: int, size: int, layout: str) -> torch.Tensor:
     torch.manual_seed(0)
     return torch.randn(batch, 3, size, size, device=device()).contiguous(memory_format=LAYOUTS[layout])
+
+
+def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    @torch.inference_mode()
+    def forward() -> torch.Tensor:
+        return model(x)
+
+    return forward
+
+
+def macs(run: Callable[[], Any]) -> int:
+    """Returns how often a run multiplies and accumulates."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2
 
 
 def interleaved(runs: Dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, repeats: int = 1) -> Times:
@@ -125,9 +152,8 @@ def keep(rows: List[Dict[str, Any]], file: Path) -> None:
 
 def write(text: str, file: Path) -> None:
     """Writes a file whole or not at all."""
-    unfinished = file.with_suffix('.unfinished')
-    unfinished.write_text(text)
-    os.replace(unfinished, file)
+    with replacing(file) as unfinished:
+        unfinished.write_text(text)
 
 
 def markdown(lines: List[List[str]]) -> str:

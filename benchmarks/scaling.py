@@ -10,11 +10,9 @@ import argparse
 from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
-import torch
 from contenders import attention_free, folded, ours
-from measure import LAYOUTS, images, interleaved, keep, markdown, options, quartiles, ratio
+from measure import LAYOUTS, images, inference, interleaved, keep, macs, markdown, options, quartiles, ratio
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 SIZES = 128, 160, 224, 320, 448, 512
 BATCHES = 1, 2, 4, 8, 16, 32
@@ -28,22 +26,6 @@ def points() -> Dict[str, List[Tuple[int, int, int]]]:
         'batch': [(224, batch, 2) for batch in BATCHES],
         'M': [(224, 8, M) for M in (1, 2, 3)],
     }
-
-
-def run(model: nn.Module, size: int, batch: int, layout: str) -> Callable[[], torch.Tensor]:
-    x = images(batch, size, layout)
-
-    @torch.inference_mode()
-    def forward() -> torch.Tensor:
-        return model(x)
-
-    return forward
-
-
-def macs(model: nn.Module, size: int, batch: int, layout: str) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run(model, size, batch, layout)()
-    return counter.get_total_flops() // 2
 
 
 def network(make: Callable[..., nn.Module], M: int, layout: str) -> nn.Module:
@@ -65,9 +47,9 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
     rows = []
     for curve, places in points().items():
         runs = {
-            f'{name} {place}': run(model, *place[:2], layout)
-            for place in places
-            for name, (model, layout) in models[place[2]].items()
+            f'{name} {size, batch, M}': inference(model, images(batch, size, layout))
+            for size, batch, M in places
+            for name, (model, layout) in models[M].items()
         }
         times = interleaved(runs, args.rounds, args.warmup)
         for place in places:
@@ -78,7 +60,7 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
                     'settings': {'case': 'scaling', 'curve': curve, 'layout': args.layout},
                     'place': {'size': size, 'batch': batch, 'M': M},
                     'run': {key: getattr(args, key) for key in ('rounds', 'warmup')},
-                    'macs': macs(models[M]['mine'][0], size, batch, args.layout),
+                    'macs': macs(runs[f'mine {place}']),
                     'quartiles': quartiles(mine),
                     'floor': quartiles(others[0])[1],
                     'speed over': {'attention-free': ratio(others[0], mine), other: ratio(others[1], mine)},
@@ -87,9 +69,9 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
     return rows
 
 
-def exponent(rows: List[Dict[str, Any]], key: str = 'quartiles') -> float:
-    """Returns how the time grows with the MACs; that of the attention-free network if the key is 'floor'."""
-    y = [row['floor'] if key == 'floor' else row['quartiles'][1] for row in rows]
+def exponent(rows: List[Dict[str, Any]], floor: bool = False) -> float:
+    """Returns how the time, or that of the attention-free network, grows with the MACs."""
+    y = [row['floor'] if floor else row['quartiles'][1] for row in rows]
     return float(np.polyfit(np.log([row['macs'] for row in rows]), np.log(y), 1)[0])
 
 
@@ -108,7 +90,7 @@ def exponents(rows: List[Dict[str, Any]]) -> str:
     lines = [['curve', 'exponent', 'of attention-free']]
     for curve in dict.fromkeys(row['settings']['curve'] for row in rows):
         mine = [row for row in rows if row['settings']['curve'] == curve]
-        lines.append([curve, f'{exponent(mine):.2f}', f'{exponent(mine, "floor"):.2f}'])
+        lines.append([curve, f'{exponent(mine):.2f}', f'{exponent(mine, floor=True):.2f}'])
     return markdown(lines)
 
 

@@ -143,7 +143,7 @@ OURS_AND_GUESTS: Tuple[str, ...] = ('timm_sknet', 'pytorchcv', 'holocron')
 
 
 def main() -> None:
-    parser = options(__doc__, batch=8, size=224, rounds=10, warmup=2, repeats=1)  # repeats are timed together
+    parser = options(__doc__, batch=8, size=224, rounds=10, warmup=2, repeats=1)
     parser.add_argument('--model', choices=model_cfgs, default='sknet50')
     parser.add_argument('--case', choices=CASES, default='eval')
     parser.add_argument('--only', nargs='+', metavar='NETWORK', help='leave out the others')

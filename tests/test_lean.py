@@ -55,6 +55,11 @@ def step(layer, x, weights, **autocast):
     return V.detach(), grads, dict(layer.named_buffers())
 
 
+def assert_same_gradients(layer, plain):
+    for (name, p), q in zip(layer.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
 def distance(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
@@ -141,8 +146,7 @@ def test_backward_may_be_repeated_and_gradients_accumulate():
         V.square().mean().backward(retain_graph=True)
         V.square().mean().backward()
         m(x).mean().backward()
-    for (name, p), q in zip(layer.named_parameters(), plain.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+    assert_same_gradients(layer, plain)
 
 
 def test_frozen_parameters_get_no_gradient():
@@ -210,8 +214,7 @@ def test_any_attention_is_called_as_it_is(calls, kind):
         ATTENTIONS[kind](m)
         m(images(3, 16, 5, 5)).square().mean().backward()
     assert calls
-    for (name, p), q in zip(layer.named_parameters(), plain.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+    assert_same_gradients(layer, plain)
 
 
 @pytest.mark.parametrize('with_output', [False, True], ids=['alone', 'beside the output'])
@@ -222,8 +225,7 @@ def test_a_loss_on_the_attention_reaches_the_convolutions(calls, with_output):
         V = m(images(3, 16, 5, 5))
         (m.attn.seen.square().sum() + with_output * V.square().mean()).backward()
     assert calls and layer.branches[0].conv.weight.grad.abs().max() > 0
-    for (name, p), q in zip(layer.named_parameters(), plain.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+    assert_same_gradients(layer, plain)
 
 
 def test_a_loss_may_be_taken_in_a_hook_on_the_attention(calls):
@@ -232,8 +234,7 @@ def test_a_loss_may_be_taken_in_a_hook_on_the_attention(calls):
         m.attn.register_forward_hook(lambda module, args, a: a.square().sum().backward(retain_graph=True))
         m(images(3, 16, 5, 5)).square().mean().backward()
     assert len(calls) == 1
-    for (name, p), q in zip(layer.named_parameters(), plain.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+    assert_same_gradients(layer, plain)
 
 
 def test_gradients_may_be_taken_piece_by_piece(calls):
@@ -433,7 +434,6 @@ def test_checkpointing_runs_a_layer_twice(calls, kwargs):
         x = images(3, 16, 5, 5).requires_grad_()
         checkpoint(m, x, **kwargs).square().mean().backward()
     assert calls
-    for (name, p), q in zip(layer.named_parameters(), plain.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+    assert_same_gradients(layer, plain)
     torch.testing.assert_close(dict(layer.named_buffers()), dict(plain.named_buffers()))
     assert {int(b) for name, b in layer.named_buffers() if name.endswith('tracked')} == {2}
