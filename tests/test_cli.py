@@ -94,6 +94,8 @@ def test_class_names_of_imagenet_are_timms():
     [
         (dict(label_names=['n1', 'n2'], label_descriptions={'n1': 'cat'}), ['cat', 'n2']),
         (dict(label_names={'0': 'cat', '1': 'dog'}), ['cat', 'dog']),
+        (dict(label_names={'1': 'dog', '0': 'cat'}, label_descriptions={'dog': 'a dog'}), ['cat', 'a dog']),
+        (dict(label_names={1: 'dog', 0: 'cat'}), ['cat', 'dog']),
         (dict(label_names=['cat', 'dog', 'one too many']), ['0', '1']),
         (dict(), ['0', '1']),
     ],
@@ -102,6 +104,69 @@ def test_class_names_are_those_of_the_cfg_else_the_index(cfg, expected):
     model = timm.create_model('sknet12', num_classes=2, device='meta')
     model.pretrained_cfg = cfg
     assert predict.class_names(model) == expected
+
+
+def write_model(folder, num_classes, label_names):
+    network = timm.create_model('sknet12', num_classes=num_classes)
+    torch.nn.init.normal_(network.head.fc.weight)
+    save_file(network.state_dict(), folder / 'model.safetensors')
+    cfg = dict(input_size=[3, 32, 32])
+    config = dict(architecture='sknet12', num_classes=num_classes, label_names=label_names, pretrained_cfg=cfg)
+    (folder / 'config.json').write_text(json.dumps(config))
+    return f'local-dir:{folder}'
+
+
+def test_names_in_a_mapping_are_found_by_their_index(capsys, tmp_path):
+    names = [f'class {i}' for i in range(12)]
+    mapping = {i: names[int(i)] for i in sorted(map(str, range(12)))}  # '0', '1', '10', '11', '2', ...
+    model = write_model(tmp_path, 12, mapping)
+    code, found, err = run_json(capsys, predict.PHOTOS / 'cat.jpg', '--model', model, '--topk', 12)
+    assert (code, err) == (0, '')
+    assert {p['index']: p['label'] for p in found[0]['predictions']} == dict(enumerate(names))
+
+
+@pytest.mark.parametrize(
+    'value',
+    [
+        {'0': 'cat', '1': 'dog', '3': 'bird'},
+        {'0': 'cat', '1': 'dog'},
+        {'0': 'cat', '00': 'tiger', '1': 'dog'},
+        {'cat': 0, 'dog': 1, 'bird': 2},
+        {'0': 'cat', '1': 'dog', '2': 3},
+        ['cat', 'dog'],
+        ['cat', 'dog', ['bird']],
+        'cat',
+        3,
+    ],
+    ids=str,
+)
+def test_names_that_do_not_fit_give_indices_and_one_line(capsys, tmp_path, value):
+    model = write_model(tmp_path, 3, value)
+    code, found, err = run_json(capsys, *[predict.PHOTOS / 'cat.jpg'] * 40, '--model', model)
+    assert code == 0 and len(found) == 40
+    assert all(p['label'] == str(p['index']) for result in found for p in result['predictions'])
+    assert re.fullmatch('timm-sknet: label_names must be a list of 3 texts, .*Indices are shown instead: .*\n', err)
+
+
+@pytest.mark.parametrize('name', ['sknet12', 'resnet18'])
+def test_images_reach_a_model_on_a_cpu_in_channels_last(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3).eval()
+    config = resolve_data_config({'input_size': (3, 32, 32)}, model=model)
+    model.pretrained_cfg |= {key: config[key] for key in ('input_size', 'mean', 'std', 'crop_pct')}
+    files = predict.find_images(predict.PHOTOS)
+    images = torch.stack([create_transform(**config)(Image.open(file)) for file in files])
+    with torch.no_grad():
+        expected = model(images).softmax(-1)
+    seen = []
+    handle = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d)).register_forward_hook(
+        lambda module, args, out: seen.extend([args[0], module.weight])
+    )
+    found = [predictions for _, predictions in predict.classify(model, files)]
+    handle.remove()
+    assert seen and all(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in seen)
+    probabilities = torch.tensor([[p.probability for p in sorted(ps, key=lambda p: p.index)] for ps in found])
+    torch.testing.assert_close(probabilities, expected)
 
 
 def test_predictions_are_those_of_the_model_on_timms_preprocessing(capsys, model, images, monkeypatch):

@@ -13,11 +13,11 @@ import hashlib
 import math
 import os
 import re
-import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from timm_sknet.layers import SelectiveKernelConv
-from timm_sknet.predict import BATCH_SIZE, read_image
+from timm_sknet.predict import BATCH_SIZE, fast_layout, read_image
 
 SCALES = (1.0, 1.5, 2.0)
 SAVE_EVERY = 30  # seconds between two states of an experiment
@@ -58,7 +58,6 @@ class Unit:
         self.path = path
         convs = [next(m for m in branch.modules() if isinstance(m, nn.Conv2d)) for branch in branches]
         self.extents = [(conv.kernel_size[0] - 1) * conv.dilation[0] + 1 for conv in convs]
-        self._recording = True
         self._pending: List[Tensor] = []
         parameter = next(attn.parameters())
         with torch.inference_mode(False):  # else they could not be written to outside that mode
@@ -66,26 +65,25 @@ class Unit:
             self.last = parameter.new_zeros(0, *shape[1:])
             self._sums = torch.zeros(shape, dtype=torch.float64, device=parameter.device)
             self._count = torch.zeros((), dtype=torch.int64, device=parameter.device)
-        self._handle = attn.register_forward_hook(self._add)
 
-    def _add(self, module: nn.Module, args: Any, a: Tensor) -> None:
-        if not self._recording:  # a compiled model keeps its hooks; on this flag it is compiled again, without
+    def _add(self, a: Tensor) -> None:
+        self.last = a = a.detach().flatten(2)  # timm's are (B, M, C, 1, 1)
+        if torch.compiler.is_compiling():  # a list would be compiled again for each length
+            self._sum(a)
             return
-        self.last = a.detach().flatten(2)  # timm's are (B, M, C, 1, 1)
-        self._pending.append(self.last)
-        if torch.compiler.is_compiling() or len(self._pending) * max(1, a.shape[0]) >= ADD_UP_EVERY:
+        self._pending.append(a)
+        if len(self._pending) * max(1, a.shape[0]) >= ADD_UP_EVERY:
             self._add_up()
 
     def _add_up(self) -> None:
         pending, self._pending = self._pending, []
         if pending:
-            a = torch.cat(pending).double()
-            self._count += a.shape[0]
-            self._sums += torch.stack((a, a.square())).sum(1)
+            self._sum(torch.cat(pending))
 
-    def _end(self) -> None:
-        self._handle.remove()
-        self._recording = False
+    def _sum(self, a: Tensor) -> None:
+        a = a.double()
+        self._count += a.shape[0]
+        self._sums += torch.stack((a, a.square())).sum(1)
 
     @property
     def count(self) -> int:
@@ -134,8 +132,8 @@ class Unit:
 
 
 _NOTHING = (
-    'no forward pass was seen. Run the model within `with record(model)`, and where it is compiled, call torch.compile '
-    'and run it there for the first time: a compiled model does not see what is added later.'
+    'no forward pass was seen. Run the model within `with record(model)`: the model itself or what torch.compile '
+    'returned for it, not a copy and not an export.'
 )
 
 
@@ -144,39 +142,66 @@ def record(model: nn.Module) -> Iterator[Dict[str, Unit]]:
     """Records the attention of every SK unit of a model in its forward passes, while the context lasts.
 
     The units are those of `SelectiveKernelConv` and of timm's `SelectiveKernel` with two branches or more, wherever in
-    the model they are. It may be folded, in training mode, or be compiled within the context. Memory is bounded:
-    running statistics and the weights of the last batches are kept, no map. Outputs do not change. What torch.compile
-    has compiled in this process is compiled again, as its graphs do not see what is added later. For one thread.
+    the model they are. The model may be folded, in training mode, or compiled, before or within the context. Memory is
+    bounded: running statistics and the weights of the last batches are kept, no map. Outputs do not change. For one
+    thread.
 
     Args:
-        model: The model itself, not what torch.compile returned.
+        model: The model, or what torch.compile returned for it.
 
     Yields:
         The units by name, in the order of the module tree. They can be read in the context and after it.
 
     Raises:
         ValueError: For a model without SK units.
-        RuntimeError: For a model that was compiled before, and at the end, where no forward pass was seen.
+        RuntimeError: At the end, where no forward pass was seen.
     """
-    for path, m in model.named_modules():
-        if '_orig_mod' in m._modules or m._compiled_call_impl is not None:  # of torch.compile(m) and m.compile()
-            raise RuntimeError(
-                f'{f"Module {path!r} of the model" if path else "The model"} was compiled before recording began, so '
-                'nothing would be recorded. Begin with the model that is not compiled: with record(model): '
-                'compiled = torch.compile(model); compiled(images).'
-            )
-    if 'torch._dynamo' in sys.modules:
-        torch._dynamo.reset()  # its graphs of another model of the same code would be used for this one
     units = {}
-    try:
-        for name, found in find_units(model).items():
-            units[name] = Unit(name, *found)
+    with ExitStack() as stack:
+        for name, (path, branches, attn) in find_units(model).items():
+            units[name] = Unit(name, path, branches, attn)
+            stack.enter_context(_observed(attn, units[name]))
         yield units
-    finally:
-        for unit in units.values():
-            unit._end()
     if not any(unit.count for unit in units.values()):
         raise RuntimeError(f'Nothing was recorded: {_NOTHING}')
+
+
+@contextmanager
+def _observed(attn: nn.Module, unit: Unit) -> Iterator[None]:
+    """Hands every output of an attention to a unit, while the context lasts.
+
+    The class of the attention is swapped, because torch.compile guards on it: a graph from before is not used in the
+    context, and is used again after it. A forward hook would not be seen by that graph.
+    """
+    units = vars(attn).setdefault('_observers', [])
+    if not units:
+        cls: Any = type(attn)
+        object.__setattr__(attn, '__class__', _observed_class(cls))  # some modules of torch override __setattr__
+    units.append(unit)
+    try:
+        yield
+    finally:
+        units.remove(unit)
+        if not units:
+            object.__setattr__(attn, '__class__', type(attn).__bases__[0])
+            del vars(attn)['_observers']
+
+
+@cache  # the same class each time, so that the graphs of an earlier recording are used again
+def _observed_class(cls: Any) -> Any:
+    """Returns a subclass that hands the output of each call to `_observers`."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # forward would miss what hooks change
+        a = cls.__call__(self, *args, **kwargs)
+        for unit in self._observers:
+            unit._add(a)
+        return a
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # a copy or a file holds a module of the original class
+        return object.__new__, (cls,), {k: v for k, v in vars(self).items() if k != '_observers'}
+
+    names = dict(__module__=cls.__module__, __qualname__=cls.__qualname__, __doc__=cls.__doc__)
+    return type(cls)(cls.__name__, (cls,), dict(__call__=__call__, __reduce_ex__=__reduce_ex__, **names))
 
 
 def find_units(model: nn.Module) -> Dict[str, Tuple[str, nn.ModuleList, nn.Module]]:
@@ -187,6 +212,7 @@ def find_units(model: nn.Module) -> Dict[str, Tuple[str, nn.ModuleList, nn.Modul
     """
     found = []
     for path, m in model.named_modules():
+        path = '.'.join(part for part in path.split('.') if part != '_orig_mod')  # which torch.compile adds
         if isinstance(m, SelectiveKernelConv) and m.attn is not None:
             found.append((path, m.branches, m.attn))
         elif isinstance(m, SelectiveKernel) and m.num_paths > 1:
@@ -272,7 +298,7 @@ def scale_experiment(
     """Records the attention as images are enlarged about their centre (paper, section 4.4). Shows its progress.
 
     Args:
-        model: In eval mode; its cfg says how images are preprocessed.
+        model: In eval mode; its cfg says how images are preprocessed. On a CPU, its weights are put into channels_last.
         files: The images; the name of the folder that one lies in is its class.
         scales: Factors of 1 to `MOST_ENLARGED`, each once.
         workers: Processes that read images, beside this one.
@@ -293,7 +319,7 @@ def scale_experiment(
     kept = _load(state, identity)
     done = int(kept.pop('done', torch.tensor(0)))
     values = kept.pop('values', torch.full((len(files), 2, len(scales), len(find_units(model))), math.nan))
-    device = next(model.parameters()).device
+    device, layout = next(model.parameters()).device, fast_layout(model)
     loader = DataLoader(
         Subset(EnlargedImages(model, files, scales), range(done, len(files))),
         batch_size=max(1, BATCH_SIZE // len(scales)),
@@ -315,7 +341,8 @@ def scale_experiment(
             for batch in loader:
                 rows = [done + i for i, images in enumerate(batch) if isinstance(images, Tensor)]
                 if rows:
-                    model(torch.cat([images for images in batch if isinstance(images, Tensor)]).to(device))
+                    x = torch.cat([images for images in batch if isinstance(images, Tensor)])
+                    model(x.to(device, memory_format=layout))
                     for u, unit in enumerate(units.values()):
                         a = unit.last.float().unflatten(0, (len(rows), len(scales))).cpu()
                         difference = unit.difference_of(a)
