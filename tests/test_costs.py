@@ -1,4 +1,4 @@
-"""What an SK unit costs, in operators: a guard against slow code that needs no clock. Its memory: test_lean.py."""
+"""What an SK unit costs, in operators and maps: a guard against slow code that needs no clock."""
 
 from collections import Counter
 
@@ -8,77 +8,87 @@ import timm
 import torch
 import torch._dynamo.testing
 from timm.utils import reparameterize_model
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from timm_sknet import SelectiveKernelConv
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that compute something, views apart."""
+    """Counts operators, and for each the maps that it makes: results of (B, C, H, W) in memory of their own."""
 
-    def __init__(self):
+    def __init__(self, x):
         super().__init__()
+        self.x = x
         self.counts = Counter()
+        self.maps = Counter()
+        self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        aliases = [r.alias_info for r in func._schema.returns]
         name = func._schema.name.removeprefix('aten::')
-        if not any(alias is not None and not alias.is_write for alias in aliases) and name not in FREE:
-            self.counts[name] += 1
+        self.counts[name] += 1
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.maps[name] += t.shape == self.x.shape
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
         return out
 
 
-FREE = 'empty', 'empty_like', 'new_empty', 'promote_types'
-
-
-ATTENTION = {'mean': 2, 'add': 1, 'convolution': 4, 'lerp': 1}
-FORWARD = {
-    'eval': ATTENTION | {'native_batch_norm': 3, 'relu_': 3, '_softmax': 1},
-    'folded': ATTENTION | {'relu_': 3, 'mul': 1, 'sigmoid': 1},
-    'train': ATTENTION | {'native_batch_norm': 3, 'relu_': 3, '_softmax': 1, 'add_': 3},
-}
-BACKWARD = {
-    'native_batch_norm': 2,  # U again
-    'relu_': 2,
-    'pow': 2,
-    'sub': 1,
-    'mul_': 1,
-    'sum': 1,
-    'zeros_like': 1,
-    'stack': 1,
-    'div': 1,
-    'rsub': 1,
-    'addcmul': 2,
-    'threshold_backward': 3,
-    'native_batch_norm_backward': 3,
-    'convolution_backward': 4,
-    '_softmax_backward_data': 1,
-    'add': 1,  # of the gradients of x
-}
-
-
-def layer(kind):
+def layer(kind, M=2, **kwargs):
     torch.manual_seed(0)
-    found = SelectiveKernelConv(64).train(kind == 'train')
+    branches = [[3, 1, 32], [3, 2, 32], [3, 3, 32], [5, 1, 32]][:M]
+    found = SelectiveKernelConv(64, branches=branches, **kwargs).train(kind == 'train')
     return reparameterize_model(found) if kind == 'folded' else found
 
 
-@pytest.mark.parametrize('kind', FORWARD)
-def test_operators_of_the_forward_pass(kind):
-    found = layer(kind)
-    x = torch.randn(2, 64, 8, 8)
-    with torch.set_grad_enabled(kind == 'train'), Operators() as operators:
+def images():
+    return torch.randn(2, 64, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize('M', [2, 3, 4])
+@pytest.mark.parametrize('kind', ['eval', 'folded', 'train'])
+def test_a_forward_pass_makes_no_map_but_those_of_the_branches_and_of_select(kind, M):
+    x = images()
+    found = layer(kind, M)
+    with torch.set_grad_enabled(kind == 'train'), Operators(x) as operators:
         found(x)
-    assert dict(operators.counts) == FORWARD[kind]
+    counts, maps = operators.counts, operators.maps
+    convolutions = sum(counts[name] for name in counts if 'convolution' in name)
+    norms = sum(maps[name] for name in maps if 'batch_norm' in name)
+    assert convolutions == M + 2 and norms == (0 if kind == 'folded' else M)
+    assert sum(maps.values()) - norms == M + (1 if M == 2 else M)  # the convolutions' and, M = 2, one of select
+    assert operators.largest <= x.nbytes and not {'stack', 'cat'} & set(counts)
 
 
-def test_operators_of_the_backward_pass():
-    V = layer('train')(torch.randn(2, 64, 8, 8, requires_grad=True))
+@pytest.mark.parametrize('M', [2, 3, 4])
+@pytest.mark.parametrize('memory_efficient', [False, True])
+def test_a_backward_pass_takes_each_convolution_once_and_stacks_nothing(memory_efficient, M):
+    x = images().requires_grad_()
+    V = layer('train', M, memory_efficient=memory_efficient)(x)
     weights = torch.randn_like(V)
-    with Operators() as operators:
+    with Operators(x) as operators:
         V.backward(weights)
-    assert dict(operators.counts) == BACKWARD
+    counts = operators.counts
+    assert sum(counts[name] for name in counts if 'convolution' in name) == M + 2
+    assert not {'stack', 'cat', '_softmax'} & set(counts) and operators.largest <= x.nbytes
+    again = sum(operators.maps[name] for name in counts if 'batch_norm' in name and 'backward' not in name)
+    assert again == (M if memory_efficient else 0)  # each U_i once, for two uses
+    # the gradient of each branch by select, ReLU, norm and convolution, that of the mean, and those of select's weights
+    assert sum(operators.maps.values()) - again <= 8 * M - 2
+
+
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+@pytest.mark.parametrize('memory_efficient', [False, True])
+def test_a_forward_pass_calls_each_module_once(training, memory_efficient):
+    model = timm.create_model('sknet12', memory_efficient=memory_efficient).train(training)
+    calls = Counter()
+    with register_module_forward_pre_hook(lambda module, args: calls.update([module])):
+        model(torch.randn(2, 3, 32, 32))
+    expected = {m for m in model.modules() if not isinstance(m, torch.nn.ModuleList)}
+    assert {m for m in expected if m not in calls} == set() and set(calls.values()) == {1}
 
 
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])

@@ -13,7 +13,7 @@ from timm_sknet.layers import ConvNormAct, Folded, SelectiveKernelAttn
 from timm_sknet.sknets import model_cfgs
 
 VARIANTS = {
-    **{name: (name, {}) for name in model_cfgs if name not in ('sknet101', 'sk_resnet101')},  # as the smaller of each
+    **{name: (name, {}) for name in model_cfgs if '101' not in name},  # as the smaller of each
     'without selection': ('sknet12', dict(branches=[[3, 1, 1]])),
     'three branches': ('sknet12', dict(branches=[[1, 1, 1], [3, 1, 1], [5, 1, 1]])),
     'another activation': ('sknet12', dict(act_layer='silu')),

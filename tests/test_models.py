@@ -19,6 +19,8 @@ SIZES = {  # parameters, GMACs of convolutions and linears (shared with nobody: 
     'sknet50': (27_479_784, 4.463),
     'sknet101': (48_736_040, 8.449),
     'sknet50_m3': (29_249_512, 4.694),
+    'sknet50_caffe': (27_479_784, 4.463),
+    'sknet101_caffe': (48_686_760, 8.449),
     'sknet29_16x32d': (27_739_626, 4.181),
     'sknet12': (460_186, 0.0444),
     'sknet14': (457_978, 0.1383),
@@ -71,10 +73,19 @@ def test_ablation_table_of_the_paper(branch, millions):
     assert parameters(meta('sknet50', branches=[[3, 1, 32], branch])) == pytest.approx(millions * 1e6, abs=500)
 
 
-def test_authors_sknet101_and_its_stem():
-    model = meta('sknet101', attn_widths=[32, 16, 32, 64], stem_pool='ceil')
-    assert parameters(model) == 48_686_760
-    assert model.stages[1][0].sk.attn.fc1.out_channels == 16
+def test_the_caffe_networks_are_those_of_the_authors_files():
+    for name in 'sknet50_caffe', 'sknet101_caffe':
+        assert meta(name).pool.ceil_mode and meta(name).pool.padding == 0
+        assert meta(name).pretrained_cfg['tag'] == 'authors_in1k'
+    widths = [stage[0].sk.attn.fc1.out_channels for stage in meta('sknet101_caffe').stages]
+    assert widths == [32, 16, 32, 64]
+
+
+def test_a_tag_changes_no_network():
+    for name, cfgs in default_cfgs.items():
+        shapes = [{key: value.shape for key, value in meta(f'{name}.{tag}').state_dict().items()} for tag in cfgs.tags]
+        assert all(found == shapes[0] for found in shapes)
+        assert len({str(meta(f'{name}.{tag}').pool) for tag in cfgs.tags}) == 1
 
 
 def test_stem_pools():
@@ -216,6 +227,30 @@ def test_output_stride_agrees_with_timm():
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('name', model_cfgs)
+def test_dilated_features_are_those_of_the_plain_network_with_others_between(name):
+    """With one branch: attention pools over the whole map, and so over the features between, too."""
+    cfg = model_cfgs[name]
+    stages = range(1, 1 + len(cfg.depths))
+    args = dict(branches=[[3, 1, 1]], L=8, dtype=torch.float64, depths=[min(depth, 2) for depth in cfg.depths])
+    args |= dict(
+        mid_widths=[8 * i for i in stages], widths=[16 * i for i in stages], head_width=8 * bool(cfg.head_width)
+    )
+    plain = timm.create_model(name, **args).eval()
+    for m in plain.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_var.uniform_(0.5, 1.5)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = plain.forward_features(images)
+    reductions = [info['reduction'] for info in plain.feature_info if info['module'].startswith('stages')]
+    for output_stride in reductions:
+        dilated = timm.create_model(name, output_stride=output_stride, **args).eval()
+        dilated.load_state_dict(plain.state_dict())
+        k = reductions[-1] // output_stride
+        found = dilated.forward_features(images)[..., ::k, ::k]
+        assert (found - expected).abs().max() <= 1e-12 * expected.abs().max(), output_stride
+
+
 def test_dilation_multiplies_each_branchs_own():
     model = meta('sknet50', output_stride=8)
     dilations = [[b.conv.dilation[0] for b in unit.sk.branches] for stage in model.stages for unit in stage]
@@ -330,42 +365,3 @@ def test_state_dict_keys_are_stable(name):
     promised = json.loads((Path(__file__).parent / 'keys.json').read_text())
     found = sorted({re.sub(r'(?<=\.)\d+', '*', key) for key in meta(name).state_dict()})
     assert found == promised[model_cfgs[name].unit]
-
-
-@torch.no_grad()
-def test_large_batches_are_computed_in_channels_last_unseen():
-    model = timm.create_model('sknet12').eval()
-    inside = []
-    model.stem.register_forward_hook(lambda module, args, out: inside.append(out))
-    assert model.channels_last_from == 4 * 224 * 224
-    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    features = []
-    for least in 4 * 32 * 32, float('inf'):
-        model.channels_last_from = least
-        features.append(model.forward_features(x))
-    assert [out.is_contiguous() for out in inside] == [False, True]
-    assert all(map_.is_contiguous() for map_ in features) and x.is_contiguous()
-    torch.testing.assert_close(*features, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize('kind', ['one image less', 'float64', 'channels_last', 'traced', 'vmap', 'with gradients'])
-@torch.no_grad()
-def test_other_batches_keep_their_layout(kind):
-    model = timm.create_model('sknet12', dtype=torch.float64 if kind == 'float64' else None).eval()
-    model.channels_last_from = 4 * 32 * 32
-    inside = []
-    model.stem.register_forward_hook(lambda module, args, out: inside.append(out.is_contiguous()))
-    x = torch.randn(3 if kind == 'one image less' else 4, 3, 32, 32, dtype=next(model.parameters()).dtype)
-    if kind == 'channels_last':
-        x = x.contiguous(memory_format=torch.channels_last)
-        assert not model.forward_features(x).is_contiguous()
-    elif kind == 'traced':
-        torch.jit.trace(model, x, check_trace=False)
-    elif kind == 'vmap':
-        torch.func.vmap(model)(x[None])
-    elif kind == 'with gradients':
-        with torch.enable_grad():
-            assert all(g.is_contiguous() for g in torch.autograd.grad(model(x).sum(), list(model.parameters())))
-    else:
-        model(x)
-    assert set(inside) == {kind != 'channels_last'}

@@ -1,6 +1,10 @@
 """Pretrained weights by every road: the Hub, a checkpoint file, and the file in the package."""
 
+import argparse
+import copy
+import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -10,8 +14,11 @@ import timm
 import torch
 from conftest import TIMM_REPO
 from hub import hub
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from timm.utils import reparameterize_model
+from torch import nn
 
+from timm_sknet.network import native_keys
 from timm_sknet.sknets import default_cfgs
 
 
@@ -90,17 +97,160 @@ def test_embedded_weights_load_as_float32_and_adapt():
     assert len(timm.create_model('sknet12', pretrained=True, features_only=True)(torch.zeros(2, 3, 32, 32))) == 3
 
 
-def test_weights_that_need_another_network_get_it(tmp_path):
-    model = timm.create_model('sknet101.authors_in1k', device='meta')
-    assert sum(p.numel() for p in model.parameters()) == 48_686_760  # as the authors shipped it
-    assert model.pool.ceil_mode and model.pretrained_cfg['std'] == (1 / 255,) * 3
-    assert sum(p.numel() for p in timm.create_model('sknet101', device='meta').parameters()) == 48_736_040
+def test_save_for_hf_keeps_the_network_of_a_caffe_name(tmp_path):
+    small = timm.create_model('sknet50_caffe', depths=(1, 1, 1, 1))
+    timm.models.save_for_hf(small, tmp_path, model_args=dict(depths=(1, 1, 1, 1)), safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert again.pool.ceil_mode and len(again.stages[0]) == 1
+    torch.testing.assert_close(again.state_dict(), small.state_dict())
 
-    if not hasattr(timm.models, 'get_model_args'):
-        return  # a timm that does not keep arguments
-    small = timm.create_model('sknet50.authors_in1k', depths=(1, 1, 1, 1))
-    timm.models.save_for_hf(small, tmp_path, safe_serialization=True)
-    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).pool.ceil_mode
+
+class Wrapped(nn.Module):
+    """Holds a network as DDP and Lightning modules do, beside another one."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.module = network
+        self.other = nn.Sequential(nn.Linear(2, 2), timm.create_model('sknet12'))
+
+
+def small(name='sknet50', **kwargs):
+    return timm.create_model(name, mid_widths=(32, 32, 32, 32), widths=(32, 32, 32, 32), depths=(1, 1, 1, 1), **kwargs)
+
+
+def renamed_to_timms(state):
+    """Returns the state dict under the keys of timm's skresnext50_32x4d."""
+    theirs = timm.create_model('skresnext50_32x4d', layers=(1, 1, 1, 1), device='meta').state_dict()
+    names = native_keys({key: key for key in theirs})
+    return {names[key]: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize('wrap', [lambda m: m, lambda m: nn.Sequential(nn.Identity(), m), Wrapped, torch.compile])
+@pytest.mark.parametrize('strict', [True, False])
+@pytest.mark.parametrize('assign', [True, False])
+def test_foreign_keys_load_wherever_the_network_is(wrap, strict, assign):
+    torch.manual_seed(0)
+    source, target = wrap(small()), wrap(small())
+    target.load_state_dict(source.state_dict())  # equal but for the network
+    inner, state = small(), source.state_dict()
+    prefix = next(key for key in state if key.endswith('stem.conv.weight')).removesuffix('stem.conv.weight')
+    others = {key: value for key, value in state.items() if not key.startswith(prefix)}
+    foreign = {prefix + key: value for key, value in renamed_to_timms(inner.state_dict()).items()}
+    given = others | foreign
+    kept = dict(given)
+    result = target.load_state_dict(given, strict=strict, assign=assign)
+    assert not result.missing_keys and not result.unexpected_keys and given.keys() == kept.keys()
+    expected = others | {prefix + key: value for key, value in inner.state_dict().items()}
+    torch.testing.assert_close(dict(target.state_dict()), expected)
+
+
+def test_copies_of_a_network_take_foreign_keys_too():
+    model, inner = copy.deepcopy(small()), small()
+    model.load_state_dict(renamed_to_timms(inner.state_dict()))
+    torch.testing.assert_close(model.state_dict(), inner.state_dict())
+
+
+def test_part_of_the_weights_loads_where_strict_is_off():
+    model = reparameterize_model(small().eval())
+    head = {'head.fc.weight': torch.ones(1000, 32)}
+    assert model.load_state_dict(head, strict=False).missing_keys
+    assert model.head.fc.weight.eq(1).all()
+    nn.Sequential(model).load_state_dict({}, strict=False)
+
+
+class Runs:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), 'w')
+
+
+def write_pickle(file, kind, harm):
+    state = timm.create_model('sknet12').state_dict()
+    if kind == 'zip':
+        torch.save({**state, 'harm': Runs(harm)}, file)
+    elif kind == 'legacy':
+        torch.save({**state, 'harm': Runs(harm)}, file, _use_new_zipfile_serialization=False)
+    else:
+        file.write_bytes(pickle.dumps({'state_dict': Runs(harm)}))
+
+
+@pytest.mark.parametrize('kind', ['zip', 'legacy', 'plain pickle'])
+@pytest.mark.parametrize('by', ['file', 'folder'])
+def test_no_code_of_a_file_is_run(kind, by, tmp_path):
+    harm = tmp_path / 'harm'
+    write_pickle(tmp_path / 'pytorch_model.bin', kind, harm)
+    with pytest.raises(RuntimeError, match='No weights from .*pytorch_model.bin.*not a PyTorch checkpoint'):
+        if by == 'file':
+            overlay = dict(file=str(tmp_path / 'pytorch_model.bin'))
+            timm.create_model('sknet12', pretrained=True, pretrained_cfg_overlay=overlay)
+        else:
+            (tmp_path / 'config.json').write_text(
+                '{"architecture": "sknet12", "num_classes": 10, "pretrained_cfg": {}}'
+            )
+            timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert not harm.exists()
+
+
+@pytest.mark.parametrize('form', ['safetensors', 'zip', 'legacy', 'checkpoint', 'averaged'])
+@pytest.mark.parametrize('by', ['file', 'folder', 'state dict'])
+def test_weights_of_ones_own_load_in_every_form(form, by, tmp_path):
+    state = timm.create_model('sknet12').state_dict()
+    name = 'model.safetensors' if form == 'safetensors' else 'pytorch_model.bin'
+    if form == 'safetensors':
+        save_file(state, tmp_path / name)
+    elif form in ('zip', 'legacy'):
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=form == 'zip')
+    else:
+        other = {f'module.{key}': torch.zeros_like(value) for key, value in state.items()}
+        found = {'state_dict': other, 'state_dict_ema': state} if form == 'averaged' else {'state_dict': state}
+        torch.save({'epoch': 1, 'args': argparse.Namespace(lr=0.1), **found}, tmp_path / name)
+    if by == 'folder':
+        cfg = dict(architecture='sknet12', num_classes=10, pretrained_cfg=dict(num_classes=10, input_size=[3, 32, 32]))
+        (tmp_path / 'config.json').write_text(json.dumps(cfg))
+        model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+        assert model.pretrained_cfg['source'] == 'local-dir'
+    else:
+        overlay = dict(file=str(tmp_path / name)) if by == 'file' else dict(state_dict=state)
+        model = timm.create_model('sknet12', pretrained=True, pretrained_cfg_overlay=overlay)
+    assert 'state_dict' not in model.pretrained_cfg
+    torch.testing.assert_close(dict(model.state_dict()), dict(state))
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'cause'),
+    [
+        (lambda state: state.pop('stem.bn.weight'), 'Missing keys in the weights: stem.bn.weight'),
+        (lambda state: state.update(more=torch.zeros(1)), 'Unexpected keys in the weights: more'),
+        (lambda state: state.pop('head.fc.bias'), 'Missing keys in the weights: head.fc.bias'),
+        (lambda state: state.update({'stem.bn.weight': torch.zeros(3)}), 'size mismatch for stem.bn.weight'),
+        (
+            lambda state: state.update({'stem.bn.weight': torch.full((16,), torch.inf)}),
+            'NaN or infinity in the weights',
+        ),
+        (lambda state: state.update({'head.fc.weight': torch.zeros(5, 96)}), 'size mismatch for head.fc.weight'),
+    ],
+)
+def test_weights_of_ones_own_that_do_not_fit_are_named(spoil, cause, tmp_path):
+    state = dict(timm.create_model('sknet12').state_dict())
+    spoil(state)
+    save_file(state, tmp_path / 'own.safetensors')
+    overlay = dict(file=str(tmp_path / 'own.safetensors'))
+    with pytest.raises(RuntimeError, match=f'No weights from {tmp_path}/own.safetensors: {cause}.*or choose another'):
+        timm.create_model('sknet12', pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+@pytest.mark.parametrize('path', ['missing.pth', 'text.pth', 'empty', 'damaged.safetensors'])
+def test_what_holds_no_weights_is_named(path, tmp_path):
+    (tmp_path / 'text.pth').write_text('hello')
+    (tmp_path / 'damaged.safetensors').write_bytes(b'\x10' + bytes(7) + b'{' * 10)
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(RuntimeError, match=f'No weights from {tmp_path}/{path}: '):
+        overlay = dict(file=str(tmp_path / path))
+        timm.create_model('sknet12', pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 def test_the_authors_file_is_where_the_error_points():

@@ -1,28 +1,28 @@
-"""Weights from the Hub: the whole and unaltered file, or an error that names repository, cause and remedy.
+"""Reads and checks pretrained weights: the whole and unaltered weights of the network, or an error that says why not.
 
-timm does not tell which file it loaded, and huggingface_hub compares only the length of what it downloaded. So the file
-is fetched and checked here, and then given to timm as a local one.
+All weights go this way, those of the Hub, of a file and of a folder. timm alone does not compare what it downloaded,
+loads what fits in silence where the classifier is replaced, and in older releases runs code that is in a pickle.
 """
 
+import argparse
 import hashlib
 import os
+import pickle
 import re
+import zipfile
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
-from traceback import walk_tb
-from typing import Callable, Mapping, Optional, TypeVar, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-from timm.models import PretrainedCfg, load_pretrained
+from safetensors.torch import load_file
+from timm.models import PretrainedCfg, clean_state_dict
 from torch import Tensor, nn
 
-from timm_sknet.network import is_folded
-
-ModelT = TypeVar('ModelT', bound=nn.Module)
+from timm_sknet.network import is_folded, native_keys
 
 _REMEDIES = (  # of errors while downloading: the first that fits
     (
@@ -38,98 +38,160 @@ _REMEDIES = (  # of errors while downloading: the first that fits
     (OSError, 'Try again, with space in a cache that can be written: HF_HUB_CACHE or cache_dir= names another.'),
     (Exception, 'Try again.'),
 )
+# The files that timm looks for in a folder, first the names and then the endings.
+_NAMES = 'model.safetensors', 'pytorch_model.bin', 'pytorch_model.pth', 'model.pth'
+_ENDINGS = '.safetensors', '.pth', '.pth.tar', '.bin'
 
 
-def on_hub(cfg: PretrainedCfg) -> bool:
-    """Returns whether timm takes the weights of this cfg from the Hub."""
-    return cfg.source == 'hf-hub' or bool(cfg.hf_hub_id and not (cfg.source or cfg.file or cfg.state_dict))
-
-
-def build_from_hub(
-    build: Callable[..., ModelT],
-    cfg: PretrainedCfg,
-    cache_dir: Optional[Union[str, Path]] = None,
-) -> ModelT:
-    """Builds a model whose weights lie on the Hub.
+class PretrainedWeights:
+    """Pretrained weights of a network.
 
     Args:
-        build: timm's `build_model_with_cfg` with all arguments; called with others for those that name the weights.
-        cfg: Names repository, revision and file.
+        cfg: Says where they are. As in timm, a folder or repository that the model's name gives comes first, then a
+            state dict, a file and the repository of the model.
         cache_dir: The cache of huggingface_hub; None for HF_HUB_CACHE.
 
-    Returns:
-        The model, as if timm had downloaded the weights.
-
     Raises:
-        RuntimeError: Where the weights cannot be had or do not fit. Errors of other arguments stay what they are.
+        RuntimeError: Where they cannot be read. The text names the source, the cause and what to do.
     """
-    try:
-        file = _download(cfg, cache_dir)
-    except Exception as e:
-        cause = e.__cause__ if isinstance(e, LocalEntryNotFoundError) and e.__cause__ else e
-        raise _error(cfg, cause, next(remedy for kind, remedy in _REMEDIES if isinstance(e, kind))) from e
-    try:
-        model = build(pretrained_cfg=replace(cfg, source=None, file=file), pretrained_cfg_overlay=None)
-    except Exception as e:
-        # timm builds, loads and wraps in one call; only the loading has to do with the weights.
-        if not any(frame.f_code is load_pretrained.__code__ for frame, _ in walk_tb(e.__traceback__)):
-            raise
-        remedy = (
-            'The file is damaged on the Hub, or of another network: leave out arguments that change the network, '
-            'choose another revision, or tell the owner of the repository.'
-        )
-        raise _error(cfg, e, remedy) from e
-    del model.pretrained_cfg['file']
-    if cfg.source:
-        model.pretrained_cfg['source'] = cfg.source
-    return model
+
+    def __init__(self, cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = None):
+        self.cfg = cfg
+        self.on_hub = cfg.source == 'hf-hub' or not (cfg.source or cfg.state_dict or cfg.file)
+        self.where = f'{cfg.hf_hub_id} on the Hub'
+        if not self.on_hub:
+            given = cfg.state_dict if cfg.source != 'local-dir' else None
+            self.where = 'state_dict' if given else str(cfg.file)
+            if given:
+                self.state: Mapping[str, Tensor] = given
+                return
+        try:
+            file = _download(cfg, cache_dir) if self.on_hub else _find(Path(self.where))
+        except Exception as e:
+            cause = e.__cause__ if isinstance(e, LocalEntryNotFoundError) and e.__cause__ else e
+            remedies = _REMEDIES if self.on_hub else ((Exception, 'Check the path.'),)
+            raise self._error(cause, next(remedy for kind, remedy in remedies if isinstance(e, kind))) from e
+        if not self.on_hub:
+            self.where = str(file)
+        try:
+            self.state = read(file)
+        except Exception as e:  # safetensors and torch raise whatever they meet
+            raise self._error(e, self._remedy) from e
+
+    def fit(self, model: nn.Module, num_classes: int, strict: bool = True) -> Dict[str, Tensor]:
+        """Returns the weights by the model's keys.
+
+        Args:
+            model: The network.
+            num_classes: Classes that are asked for. timm replaces a classifier of another number.
+            strict: Refuse missing and unexpected keys.
+
+        Raises:
+            RuntimeError: Where they are not those of the network, or not finite. The text names the keys at fault.
+        """
+        state = dict(native_keys(self.state))
+        try:
+            _check(state, model, num_classes != self.cfg.num_classes, strict)
+        except RuntimeError as e:
+            raise self._error(e, self._remedy) from e
+        return state
+
+    @property
+    def _remedy(self) -> str:
+        if self.on_hub:
+            return (
+                'The file is damaged on the Hub, or of another network: leave out arguments that change the network, '
+                'choose another revision, or tell the owner of the repository.'
+            )
+        return 'It is damaged, or of another network: leave out arguments that change the network, or choose another.'
+
+    def _error(self, cause: BaseException, remedy: str) -> RuntimeError:
+        reason = shorten(str(cause) or repr(cause), 400, placeholder=' …').rstrip('.')
+        return RuntimeError(f'No weights from {self.where}: {reason}. {remedy}')
 
 
-def check_weights(state_dict: Mapping[str, Tensor], model: nn.Module, strict: bool = True) -> Mapping[str, Tensor]:
-    """Returns the state dict if it holds all that the model needs, its classifier apart, and only finite values.
-
-    Where the classifier is to be another, timm loads what fits and leaves the rest random, in silence.
+def read(file: Path) -> Dict[str, Tensor]:
+    """Reads a state dict, memory-mapped where the format allows it; no code of the file is run.
 
     Args:
-        state_dict: Weights with the model's keys.
-        model: The network that they are for.
-        strict: Refuse missing keys.
-
-    Returns:
-        `state_dict` itself.
+        file: A safetensors file or one of `torch.save`. Of a checkpoint of train.py, as in timm, the averaged weights
+            are taken where there are some.
 
     Raises:
-        RuntimeError: Names the keys at fault.
+        Exception: Of any kind, where the file is damaged or something else.
     """
-    if is_folded(state_dict):
-        raise RuntimeError('They are those of a folded (reparameterized) model, and load only into such a one.')
-    optional = re.compile(r'head\.fc\.|.*\.num_batches_tracked$')  # PyTorch fills in the latter, old files lack it
-    missing = [key for key in model.state_dict() if key not in state_dict and not optional.match(key)]
-    if missing and strict:
-        raise RuntimeError(f'Missing keys in the weights: {", ".join(missing[:5])}{", ..." * (len(missing) > 5)}.')
+    if file.suffix == '.safetensors':
+        return load_file(file)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in checkpoints of train.py
+            found: Any = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as e:  # its text says how to run the code nevertheless
+        raise ValueError('It is not a PyTorch checkpoint, or it holds other things than weights') from e
+    for key in 'state_dict_ema', 'model_ema', 'state_dict', 'model':
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+            break
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError('It holds no state dict')
+    return clean_state_dict(found)
+
+
+def _check(state: Mapping[str, Tensor], model: nn.Module, replaced: bool, strict: bool) -> None:
+    """Raises RuntimeError where timm would not load all that the model needs: its classifier apart if `replaced`."""
+    if is_folded(state):
+        raise RuntimeError('They are those of a folded (reparameterized) model, and load only into such a one')
+    own = model.state_dict()
+    if replaced:
+        own = {key: value for key, value in own.items() if not key.startswith('head.fc.')}
+    # PyTorch fills in the counters, which old files lack
+    missing = [key for key in own if key not in state and not key.endswith('.num_batches_tracked')]
+    if strict:
+        _refuse('Missing keys in', missing)
+    if strict and not replaced:
+        _refuse('Unexpected keys in', [key for key in state if key not in own])
+    mismatched = [key for key in own if key in state and not _same_shape(key, own[key], state[key])]
+    if mismatched:
+        key = mismatched[0]
+        raise RuntimeError(
+            f'size mismatch for {key}: {tuple(state[key].shape)} in the weights, {tuple(own[key].shape)} in the model'
+        )
     # The sum is finite where all values are, and costs a fifth of isfinite().all().
-    sums = {key: value.sum(dtype=torch.float64) for key, value in state_dict.items() if value.is_floating_point()}
-    broken = [key for key, value in sums.items() if not value.isfinite()]
-    if broken:
-        raise RuntimeError(f'NaN or infinity in the weights: {", ".join(broken[:5])}{", ..." * (len(broken) > 5)}.')
-    return state_dict
+    sums = {key: value.sum(dtype=torch.float64) for key, value in state.items() if value.is_floating_point()}
+    _refuse('NaN or infinity in', [key for key, value in sums.items() if not value.isfinite()])
 
 
-def _error(cfg: PretrainedCfg, cause: BaseException, remedy: str) -> RuntimeError:
-    reason = shorten(str(cause) or repr(cause), 400, placeholder=' …').rstrip('.')
-    return RuntimeError(f'No weights from {cfg.hf_hub_id} on the Hub: {reason}. {remedy}')
+def _refuse(what: str, keys: Sequence[str]) -> None:
+    if keys:
+        raise RuntimeError(f'{what} the weights: {", ".join(keys[:5])}{", ..." * (len(keys) > 5)}')
 
 
-def _download(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> str:
+def _same_shape(key: str, own: Tensor, found: Tensor) -> bool:
+    if key == 'stem.conv.weight':  # timm adapts it to the channels of the images
+        return own.ndim == found.ndim and own[:, 0].shape == found[:, 0].shape
+    return own.shape == found.shape
+
+
+def _find(path: Path) -> Path:
+    """Returns the file itself, or the one with the weights in a folder, as timm finds it."""
+    if not path.is_dir():
+        return path
+    named = [path / name for name in _NAMES if (path / name).exists()]
+    others = [file for ending in _ENDINGS for file in sorted(path.glob(f'*{ending}'))]
+    if not named + others:
+        raise FileNotFoundError('There is no file of weights in this folder')
+    return (named + others)[0]
+
+
+def _download(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> Path:
     repository, _, revision = str(cfg.hf_hub_id).partition('@')
     errors = []
     for name in [cfg.hf_hub_filename] if cfg.hf_hub_filename else ['model.safetensors', 'pytorch_model.bin']:
         try:
-            file = hf_hub_download(repository, name, revision=revision or None, cache_dir=cache_dir)
+            file = Path(hf_hub_download(repository, name, revision=revision or None, cache_dir=cache_dir))
         except EntryNotFoundError as e:  # offline too, where the cache may have the other
             errors.append(e)
         else:
-            _check_sha256(Path(file))
+            _check_sha256(file)
             return file
     raise errors[0]
 

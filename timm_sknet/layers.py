@@ -9,10 +9,9 @@ import torch
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct, get_norm_act_layer
 from timm.layers.typing import LayerType
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from timm_sknet.ops import fuse, select, train_unit
+from timm_sknet.ops import fuse, recompute_in_backward, select
 
 Branch = Tuple[int, int, int]  # kernel size k, dilation D, groups G; G = 0 is depthwise
 PAPER_BRANCHES: Tuple[Branch, ...] = ((3, 1, 32), (3, 2, 32))
@@ -21,6 +20,7 @@ PAPER_BRANCHES: Tuple[Branch, ...] = ((3, 1, 32), (3, 2, 32))
 # nodes of their own in a torch.fx graph, whose quantizers stumble over the dtypes inside
 torch.fx.wrap('fuse')
 torch.fx.wrap('select')
+torch.fx.wrap('recompute_in_backward')
 
 
 @torch.fx.wrap  # data-dependent, so a leaf for symbolic tracing
@@ -165,16 +165,12 @@ class SelectiveKernelConv(nn.Module):
         attn_channels: The attention width d itself, in place of r and L.
         act_layer: Activation of branches and attention, class or name.
         norm_layer: Normalisation of branches and attention, class or name.
-
-    In training on a CPU, with plain batch norms, it keeps one map for each branch until backward, and V; autograd alone
-    keeps two for each. That is for first derivatives: `lean = False`, of the class or of one layer, brings back what
-    `torch.func`, forward mode and higher derivatives need.
+        memory_efficient: In training, keep one map of each branch for backward where autograd alone keeps two, and
+            compute the other again; see `timm_sknet.ops.recompute_in_backward`. Off by default, as it takes time.
 
     Raises:
         ValueError: For branches, stride or widths that no such layer can have.
     """
-
-    lean = True
 
     def __init__(
         self,
@@ -188,11 +184,13 @@ class SelectiveKernelConv(nn.Module):
         attn_channels: Optional[int] = None,
         act_layer: LayerType = nn.ReLU,
         norm_layer: LayerType = nn.BatchNorm2d,
+        memory_efficient: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        self.memory_efficient = memory_efficient
         out_channels = in_channels if out_channels is None else out_channels
         branches = check_branches(branches, in_channels, out_channels)
         if attn_channels is None:
@@ -232,55 +230,15 @@ class SelectiveKernelConv(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if self._can_be_lean(x):
-                return train_unit(
-                    [branch.conv(x) for branch in self.branches], [branch.bn for branch in self.branches], self.attn
-                )
         U = [branch(x) for branch in self.branches]
         if self.attn is None:
             return U[0]
         a = self.attn(fuse(U))
-        return select(U, a)
-
-    @torch.jit.ignore
-    def _can_be_lean(self, x: Tensor) -> bool:
-        """Whether `train_unit` does the same as the branches and nobody looks inside them; it was measured on CPUs."""
-        return (
-            eager_on_cpu(x)
-            and self.lean
-            and self.attn is not None
-            and x.dim() == 4
-            and x.shape[0] > 1
-            and torch.is_grad_enabled()
-            and not _has_any_global_hook()
-            and all(_plain(branch) for branch in self.branches)
-        )
-
-
-def eager_on_cpu(x: Tensor) -> bool:
-    """Whether x is a tensor to compute with here and now: none that is compiled, traced (torch.fx) or transformed."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor):
-        return False
-    return x.device.type == 'cpu' and not torch._C._are_functorch_transforms_active()
-
-
-def _plain(branch: nn.Module) -> bool:
-    """Whether a branch is no more than convolution, batch norm of the batch, and ReLU."""
-    if type(branch) is not ConvNormAct or branch.aa is not None:
-        return False
-    norm = branch.bn
-    return (
-        type(norm) is BatchNormAct2d
-        and type(norm.act) is nn.ReLU
-        and type(norm.drop) is nn.Identity
-        and norm.training
-        and norm.affine
-        and norm.weight.dtype in (torch.float32, torch.float64)  # statistics in 16 bits do not give the same U twice
-        and norm.track_running_stats
-        and norm.momentum is not None
-        and not any(_watched(m) for m in (branch, norm, norm.act, norm.drop))
-    )
+        V = select(U, a)
+        if not torch.jit.is_scripting():
+            if self.memory_efficient:
+                return recompute_in_backward(U, V)
+        return V
 
 
 def _watched(m: nn.Module) -> bool:

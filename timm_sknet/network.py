@@ -29,7 +29,7 @@ from timm.layers import (
 )
 from timm.layers.typing import LayerType
 from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
+from timm.models._features import feature_take_indices  # timm has no public name for it
 from torch import Tensor, nn
 
 from timm_sknet.layers import (
@@ -38,7 +38,6 @@ from timm_sknet.layers import (
     ConvNormAct,
     SelectiveKernelAttn,
     SelectiveKernelConv,
-    eager_on_cpu,
 )
 
 
@@ -115,6 +114,7 @@ class UnitSpec(NamedTuple):
     mid_chs: int
     out_chs: int
     stride: int
+    dilation: int  # of layers behind the one that has the stride
     project: bool  # where width or size changes, and the shortcut must too
     drop_path: float
     conv: Callable[..., Any]
@@ -168,7 +168,7 @@ class BasicBlock(ResidualUnit):
     def __init__(self, spec: UnitSpec):
         super().__init__(spec)
         self.sk = spec.sk(spec.in_chs, spec.mid_chs, stride=spec.stride)
-        self.conv2 = spec.conv(spec.mid_chs, spec.out_chs, 3, apply_act=False)
+        self.conv2 = spec.conv(spec.mid_chs, spec.out_chs, 3, dilation=spec.dilation, apply_act=False)
 
     def residual(self, x: Tensor) -> Tensor:
         return self.conv2(self.sk(x))
@@ -240,18 +240,13 @@ class SKNet(nn.Module):
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last unit, rising linearly from 0.
         zero_init_last: Start residual units as identities (the authors do not).
+        memory_efficient: Keep less for backward; see `SelectiveKernelConv`.
         overrides: Any field of `SKNetCfg` to replace.
-
-    Attributes:
-        channels_last_from: Pixels of a contiguous batch from which on a CPU computes it in channels_last, where that is
-            faster, if no gradients are wanted; features come back contiguous. `float('inf')` keeps it contiguous.
 
     Raises:
         TypeError: For an unknown argument.
         ValueError: For a value that this network cannot have.
     """
-
-    channels_last_from: float = 4 * 224 * 224
 
     def __init__(
         self,
@@ -263,6 +258,7 @@ class SKNet(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         zero_init_last: bool = False,
+        memory_efficient: bool = False,
         device=None,
         dtype=None,
         **overrides: Any,
@@ -280,7 +276,9 @@ class SKNet(nn.Module):
 
         layers: Dict[str, Any] = dict(act_layer=cfg.act_layer, norm_layer=cfg.norm_layer, **dd)
         conv: Callable[..., nn.Module] = partial(ConvNormAct, **layers)
-        sk = partial(SelectiveKernelConv, branches=cfg.branches, r=cfg.r, L=cfg.L, **layers)
+        sk = partial(
+            SelectiveKernelConv, branches=cfg.branches, r=cfg.r, L=cfg.L, memory_efficient=memory_efficient, **layers
+        )
         act = partial(create_act_layer, cfg.act_layer, inplace=True)
 
         width, kernel, stride = cfg.stem
@@ -304,6 +302,7 @@ class SKNet(nn.Module):
                     cfg.mid_widths[i],
                     cfg.widths[i],
                     stride=strides[i] if j == 0 else 1,
+                    dilation=dilations[i],
                     project=j == 0 and (cfg.strides[i] != 1 or width != cfg.widths[i]),
                     drop_path=next(drop_rates),
                     conv=conv,
@@ -337,6 +336,7 @@ class SKNet(nn.Module):
             for m in batch_norms if value is not None else ():
                 setattr(m, name, value)
         self._init_weights(cfg.init, zero_init_last)
+        self.register_load_state_dict_pre_hook(_accept_foreign_keys)
 
     @torch.jit.ignore
     def _init_weights(self, init: Literal['fan_in', 'fan_out'], zero_init_last: bool = False) -> None:
@@ -379,16 +379,6 @@ class SKNet(nn.Module):
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head.fc
-
-    @torch.jit.ignore
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads our keys, and those of `FOREIGN_KEYS`: timm filters the keys of pretrained weights only."""
-        if is_folded(state_dict) != is_folded(super().state_dict()):
-            raise RuntimeError(
-                'The weights and the model are not both folded (reparameterized): load the weights that a model had '
-                'before it was folded into one that is not, and fold it then.'
-            )
-        return super().load_state_dict(native_keys(state_dict), strict=strict, assign=assign)
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None, device=None, dtype=None) -> None:
         """Replaces the classifier, and the pooling unless `global_pool` is None."""
@@ -463,19 +453,7 @@ class SKNet(nn.Module):
         stages = [(f'stages.{i}', stage) for i, stage in enumerate(self.stages)]
         return [('stem', self.stem), ('pool', self.pool), *stages]
 
-    @torch.jit.ignore
-    def _faster_in_channels_last(self, x: Tensor) -> bool:
-        if not eager_on_cpu(x) or torch.is_grad_enabled() or x.dim() != 4 or not x.is_contiguous():
-            return False  # gradients would show it
-        return x.shape[0] * x.shape[2] * x.shape[3] >= self.channels_last_from and x.dtype != torch.float64
-
     def forward_features(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if self._faster_in_channels_last(x):
-                return self._features(x.contiguous(memory_format=torch.channels_last)).contiguous()
-        return self._features(x)
-
-    def _features(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         x = self.pool(x)
         x = self.stages(x)
@@ -524,7 +502,7 @@ FOREIGN_KEYS: Dict[str, Sequence[Tuple[str, Union[str, Callable[[re.Match], str]
 }
 
 
-def native_keys(state_dict: Mapping[str, Tensor], model: Optional[nn.Module] = None) -> Mapping[str, Tensor]:
+def native_keys(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Renames the keys of networks that are ours under other names; other state dicts come back as they are."""
     origin = foreign(state_dict)
     if origin is None:
@@ -535,6 +513,21 @@ def native_keys(state_dict: Mapping[str, Tensor], model: Optional[nn.Module] = N
             key = re.sub(pattern, name, key)
         renamed[key] = value
     return renamed
+
+
+def _accept_foreign_keys(model: nn.Module, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+    """Renames the keys under the prefix of a model that loads them; timm filters those of pretrained weights only."""
+    own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    if any('.conv.' in key for key in own) and is_folded(own) != is_folded(model.state_dict()):
+        raise RuntimeError(
+            'The weights and the model are not both folded (reparameterized): load the weights that a model had '
+            'before it was folded into one that is not, and fold it then.'
+        )
+    renamed = native_keys(own)
+    if renamed is not own:
+        for key in own:
+            del state_dict[prefix + key]
+        state_dict.update({prefix + key: value for key, value in renamed.items()})
 
 
 def foreign(state_dict: Iterable[str]) -> Optional[str]:

@@ -3,14 +3,13 @@
 No parameters live here. The branches stay separate tensors: they are never stacked, so the memory format of the
 convolutions' outputs (`torch.channels_last` too) is the memory format of the result.
 
-`fuse` and `select` are the reference. `train_unit` is what they and the batch norms before them do in training, with
-less memory: it keeps nothing of a branch but the convolution's output.
+`fuse` and `select` are all that a forward pass does. `recompute_in_backward` changes what autograd keeps of it.
 """
 
-from typing import Any, List, Optional, Sequence
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def fuse(U: List[Tensor]) -> Tensor:
@@ -25,11 +24,22 @@ def fuse(U: List[Tensor]) -> Tensor:
     Returns:
         The channel statistics s, (B, C, 1, 1), in the branches' dtype.
     """
-    dtype = torch.promote_types(U[0].dtype, torch.float32)
-    s = U[0].mean((2, 3), keepdim=True, dtype=dtype)
+    s = _mean(U[0])
     for i in range(1, len(U)):
-        s = s + U[i].mean((2, 3), keepdim=True, dtype=dtype)
+        s = s + _mean(U[i])
     return s.to(U[0].dtype)
+
+
+def _mean(u: Tensor) -> Tensor:
+    """Mean over space, (B, C, 1, 1), in float32 or wider.
+
+    A sum that is divided, as autograd makes a whole new map of the gradient of `mean`; exported as one operator.
+    """
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return u.mean((2, 3), keepdim=True, dtype=dtype)
+    return u.sum((2, 3), keepdim=True, dtype=dtype) / (u.shape[2] * u.shape[3])
 
 
 def select(U: List[Tensor], a: Tensor) -> Tensor:
@@ -54,140 +64,95 @@ def select(U: List[Tensor], a: Tensor) -> Tensor:
     return V
 
 
-def train_unit(maps: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d], attn: nn.Module) -> Tensor:
-    """Batch norm, ReLU, fuse, attention and select of an SK unit in training.
+def recompute_in_backward(U: List[Tensor], V: Tensor) -> Tensor:
+    """Makes autograd free the branch outputs after a forward pass and compute them again in backward.
 
-    Equals `select(U, attn(fuse(U)))` of U_i = relu(norms[i](maps[i])) in values, gradients and running statistics, and
-    keeps for backward only the maps, where that keeps U too. U is computed again in backward, once. The attention is
-    called as any other module, and autograd goes through it.
+    For each branch autograd saves the convolution's map (for the batch norm) and U_i (for the ReLU and for `select`).
+    This keeps the map alone: backward computes U_i from it, once for both uses. Derivatives of any order stay the same.
+
+    Only a U_i that the autograd graph shows to be ReLU(batch norm(map)), normalised over the batch with trainable scale
+    and shift, is computed again. Anything else (another activation, a value that a hook or a function mode changed) is
+    kept. Where saved-tensor hooks of others are active, such as those of checkpointing, they decide what is kept.
 
     Args:
-        maps: The M outputs of the branches' convolutions, each (B, C, H, W), with B > 1.
-        norms: Their batch norms, in training mode, affine, with running statistics and a momentum.
-        attn: The attention, which maps s, (B, C, 1, 1), to a, (B, M, C).
+        U: The M >= 2 branch outputs, each (B, C, H, W).
+        V: `select` of them.
 
     Returns:
-        V, (B, C, H, W). It can be differentiated once.
+        V itself.
     """
-    for norm in norms:
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-    unit = _Unit()
-    affine = [norm.weight for norm in norms] + [norm.bias for norm in norms]
-    s, V = _Fuse.apply(unit, norms, *maps, *affine)
-    return _Select.apply(unit, attn(s), V)
-
-
-class _Unit:
-    """What fuse and select hand each other beside the gradients.
-
-    Attributes:
-        U: The branches' outputs, from fuse to select in forward.
-        saved: What both save for backward: map, weight, bias, mean and 1 / standard deviation of each branch.
-        a: The attention weights, from select in forward to fuse in backward.
-        again: U computed again, from select to fuse in backward.
-    """
-
-    U: Sequence[Tensor] = ()
-    saved: Sequence[Tensor] = ()
-    a: Optional[Tensor] = None
-    again: Optional[List[Tensor]] = None
-
-
-class _Once(torch.autograd.Function):
-    """A function of first derivatives in backward mode."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Any:
-        raise RuntimeError(_ONCE)
-
-    @staticmethod
-    def check(grad: Tensor) -> None:
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched=True
-            raise RuntimeError(_ONCE)
-
-
-_ONCE = (
-    'In training, an SK convolution can be differentiated once only, and backwards: for others (higher, forward, '
-    'batched) set SelectiveKernelConv.lean = False before the forward pass.'
-)
-
-
-class _Fuse(_Once):
-    """The maps give s, and a place to hand in the gradient of V: one number that pretends to be V, on no memory."""
-
-    @staticmethod
-    def forward(ctx: Any, unit: _Unit, norms: Sequence[nn.BatchNorm2d], *inputs: Tensor) -> Any:
-        M = len(norms)
-        U: List[Tensor] = []
-        saved: List[Tensor] = []
-        for norm, c, weight, bias in zip(norms, inputs, inputs[M:], inputs[2 * M :]):
-            assert norm.momentum is not None
-            u, mean, invstd = torch.native_batch_norm(
-                c, weight, bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
-            )
-            U.append(u.relu_())
-            saved += c, weight, bias, mean, invstd
-        ctx.unit, ctx.eps = unit, [norm.eps for norm in norms]
-        ctx.save_for_backward(*saved)
-        unit.U, unit.saved = U, saved
-        return fuse(U), U[0].new_empty(()).expand_as(U[0])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        ds, dV = grads
-        _Once.check(dV)
-        unit, saved = ctx.unit, ctx.saved_tensors
-        U, unit.again = unit.again or _outputs(saved), None
-        M = len(U)
-        # before select has run there may be a loss on the attention, and no dV
-        a = dV.new_zeros(1, M, 1, 1, 1) if unit.a is None else unit.a[..., None, None].to(dV.dtype)
-        ds = ds / (dV.shape[2] * dV.shape[3])
-        buffer = torch.empty_like(U[0])
-        dmaps, dweights, dbiases = [], [], []
-        for i, (c, weight, _, mean, invstd) in enumerate(zip(*(saved[k::5] for k in range(5)))):
-            dU = torch.addcmul(ds, dV, 1 - a[:, 0] if M == 2 and i == 1 else a[:, i], out=buffer)  # 1 - a: of lerp
-            dU = torch.ops.aten.threshold_backward.grad_input(dU, U[i], 0, grad_input=buffer)
-            dc, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-                dU, c, weight, None, None, mean, invstd, True, ctx.eps[i], [True] * 3
-            )
-            dmaps.append(dc)
-            dweights.append(dweight)
-            dbiases.append(dbias)
-        return None, None, *dmaps, *dweights, *dbiases
-
-
-class _Select(_Once):
-    """The attention weights give V."""
-
-    @staticmethod
-    def forward(ctx: Any, unit: _Unit, a: Tensor, V: Tensor) -> Tensor:
-        ctx.unit, unit.a = unit, a.detach()
-        ctx.save_for_backward(a, *unit.saved)
-        V = select(list(unit.U), a)
-        unit.U = unit.saved = ()
+    if torch.compiler.is_compiling():  # the compiler decides itself what to keep
         return V
+    for u, (node, index, saved) in zip(U, _uses(V, len(U))):
+        relu: Any = u.grad_fn
+        if relu is not _input(node, ('LerpBackward1', 'AddcmulBackward0', 'MulBackward0'), index):
+            continue
+        norm = _input(relu, ('ReluBackward0',), 0)
+        affine: List[Any] = [getattr(_input(norm, BATCH_NORMS, i), 'variable', None) for i in (1, 2)]
+        # statistics in 16 bits, which go with parameters in 16 bits, would not give the same U_i again
+        if any(p is None or p.itemsize < 4 for p in affine) or not norm._saved_training:
+            continue
+        output = _Output()
+        try:
+            getattr(node, saved).register_hooks(output.pack, output.unpack)
+        except RuntimeError:  # it has hooks already
+            return V
+        try:
+            _, c, mean, invstd = relu._saved_result, norm._saved_input, norm._saved_result1, norm._saved_result2
+        except RuntimeError:  # U_i or the map was changed in place since
+            continue
+        relu._raw_saved_result.register_hooks(output.pack, output.unpack)
+        output.free(c.detach(), mean, invstd, *affine)
+    return V
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (dV,) = grads
-        _Once.check(dV)
-        a, *saved = ctx.saved_tensors
-        U = _outputs(saved)
-        if ctx.needs_input_grad[2]:
-            ctx.unit.again = U
-        if len(U) == 2:  # that of lerp
-            da = torch.sub(*U).mul_(dV).sum((2, 3), dtype=a.dtype)
-            da = torch.stack((da, torch.zeros_like(da)), dim=1)
-        else:
-            buffer = torch.empty_like(U[0])
-            da = torch.stack([torch.mul(dV, u, out=buffer).sum((2, 3), dtype=a.dtype) for u in U], dim=1)
-        return None, da, dV
+
+BATCH_NORMS = 'NativeBatchNormBackward0', 'CudnnBatchNormBackward0', 'MiopenBatchNormBackward0'
 
 
-def _outputs(saved: Sequence[Tensor]) -> List[Tensor]:
-    """Computes U again from what was saved."""
-    return [
-        torch.native_batch_norm(c, weight, bias, mean, invstd.pow(-2), False, 0.0, 0.0)[0].relu_()
-        for c, weight, bias, mean, invstd in zip(*(saved[k::5] for k in range(5)))
-    ]
+class _Output:
+    """U_i as autograd saves it for two uses: the tensor itself or, after `free`, what to compute it from."""
+
+    def __init__(self) -> None:
+        self.U: Optional[Tensor] = None
+        self.inputs: Tuple[Tensor, ...] = ()
+
+    def pack(self, U: Tensor) -> None:
+        self.U = U
+
+    def free(self, c: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor) -> None:
+        self.inputs = c, mean, invstd, weight.detach(), bias.detach()
+        self.versions = weight._version, bias._version  # counted up by each change in place
+        self.U = None
+
+    def unpack(self, _: None) -> Tensor:
+        if not self.inputs:
+            assert self.U is not None
+            return self.U
+        U, self.U = self.U, None  # the second use takes what the first one has computed
+        if U is None:
+            c, mean, invstd, weight, bias = self.inputs
+            if self.versions != (weight._version, bias._version):
+                raise RuntimeError(
+                    'The weight or bias of a batch norm was changed in place between forward and backward. Change it '
+                    'after backward, or set memory_efficient=False.'
+                )
+            with torch.no_grad():
+                U = self.U = torch.nn.functional.batch_norm(c, mean, invstd.pow(-2), weight, bias, eps=0.0).relu_()
+        return U
+
+
+def _uses(V: Tensor, M: int) -> List[Tuple[Any, int, str]]:
+    """Returns for each branch where `select` uses it: autograd node, number of the input, name of the saved tensor."""
+    node = V.grad_fn
+    if M == 2:
+        return [(node, 1, '_raw_saved_end'), (node, 0, '_raw_saved_self')]
+    uses = []
+    for _ in range(M - 1):
+        uses.append((node, 1, '_raw_saved_tensor1'))
+        node = _input(node, ('AddcmulBackward0',), 0)
+    return [(node, 0, '_raw_saved_self'), *reversed(uses)]
+
+
+def _input(node: Any, names: Sequence[str], index: int) -> Any:
+    """Returns the autograd node of an input, None where `node` has none of the names."""
+    return node.next_functions[index][0] if node is not None and node.name() in names else None

@@ -3,24 +3,15 @@
 Facts stand here once; the command line, the README's table and the tests read them from here.
 """
 
-import warnings
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    is_model,
-    model_entrypoint,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
-from timm_sknet.download import build_from_hub, check_weights, on_hub
-from timm_sknet.network import SKNet, SKNetCfg, native_keys
+from timm_sknet.download import PretrainedWeights
+from timm_sknet.network import SKNet, SKNetCfg
 
 _SHUFFLENET = SKNetCfg(
     unit='shuffle',
@@ -45,6 +36,8 @@ model_cfgs = dict(
     sknet50=SKNetCfg(depths=(3, 4, 6, 3)),
     sknet101=SKNetCfg(depths=(3, 4, 23, 3)),
     sknet50_m3=SKNetCfg(branches=((3, 1, 32), (3, 2, 32), (3, 3, 32))),
+    sknet50_caffe=SKNetCfg(depths=(3, 4, 6, 3), stem_pool='ceil'),
+    sknet101_caffe=SKNetCfg(depths=(3, 4, 23, 3), stem_pool='ceil', attn_widths=(32, 16, 32, 64)),
     sknet29_16x32d=SKNetCfg(
         depths=(3, 3, 3),
         mid_widths=(512, 1024, 2048),
@@ -90,6 +83,8 @@ published = dict(
     sknet50=79.21,
     sknet101=79.81,
     sknet50_m3=79.24,
+    sknet50_caffe=79.21,
+    sknet101_caffe=79.81,
     sknet29_16x32d=96.53,
     sk_shufflenetv2_x0_5=64.65,
     sk_shufflenetv2_x1_0=71.64,
@@ -152,7 +147,6 @@ class Weights(NamedTuple):
     Attributes:
         cfg: Fields of timm's `PretrainedCfg`: preprocessing, licence, and where the weights are.
         dataset: What they were trained on, as the Hub names it.
-        args: Arguments of `create_model` that make the network they fit.
         published: Accuracy published with the weights.
         measured: Accuracy measured by us with timm's validate.py; the README has the commands.
         file_url: Where the authors offer them, for weights that must be converted.
@@ -160,7 +154,6 @@ class Weights(NamedTuple):
 
     cfg: Dict[str, Any]
     dataset: str = ''
-    args: Dict[str, Any] = {}
     published: Optional[float] = None
     measured: Optional[float] = None
     file_url: str = ''
@@ -180,7 +173,7 @@ def _untrained(description: str, cfg: Dict[str, Any] = _IMAGENET) -> Weights:
     return Weights(cfg | dict(description=description, notes=notes))
 
 
-def _authors(model: str, url: str, cfg: Dict[str, Any] = _IMAGENET, **args: Any) -> Weights:
+def _authors(model: str, url: str, cfg: Dict[str, Any] = _IMAGENET) -> Weights:
     origin = CAFFE if cfg is CAFFE_INPUT else PYTORCH
     return Weights(
         cfg
@@ -190,7 +183,6 @@ def _authors(model: str, url: str, cfg: Dict[str, Any] = _IMAGENET, **args: Any)
             notes=('The weights are in a file on a drive of the authors, who state no licence.',),
         ),
         dataset='imagenet-1k',
-        args=args,
         published=published[model],
         file_url=url,
     )
@@ -233,18 +225,12 @@ weights = {
         dataset='imagenet-1k',
         published=80.168,  # timm's results table
     ),
-    'sknet50.authors_in1k': _authors(
-        'sknet50', _DRIVE + '1EKanqFkqoU3L6vgSLW3GjPciesZ2rrUH', CAFFE_INPUT, stem_pool='ceil'
-    ),
     'sknet101.untrained': _untrained('SKNet-101 of the paper.'),
-    'sknet101.authors_in1k': _authors(
-        'sknet101',
-        _DRIVE + '1NEYIYeSXQeinLGU5GH2hf8T6MJytzt0U',
-        CAFFE_INPUT,
-        stem_pool='ceil',
-        attn_widths=(32, 16, 32, 64),
-    ),
     'sknet50_m3.untrained': _untrained('SKNet-50 of the paper with a third branch, dilation 3.'),
+    'sknet50_caffe.authors_in1k': _authors('sknet50_caffe', _DRIVE + '1EKanqFkqoU3L6vgSLW3GjPciesZ2rrUH', CAFFE_INPUT),
+    'sknet101_caffe.authors_in1k': _authors(
+        'sknet101_caffe', _DRIVE + '1NEYIYeSXQeinLGU5GH2hf8T6MJytzt0U', CAFFE_INPUT
+    ),
     'sknet29_16x32d.untrained': _untrained('SKNet-29 of the paper, for CIFAR.', _CIFAR10),
     'sknet12.cifar10': _shipped(
         'sknet12.cifar10',
@@ -281,35 +267,31 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
             f'There are no public weights of {variant} that timm can load. Use pretrained=False, {remedy}name a '
             f'checkpoint of your own, or choose a model that has weights: {", ".join(trained)}.'
         )
-    args: Dict[str, Any] = {}
-    if isinstance(named, str) or (pretrained and not named):  # else of a folder or repository with arguments of its own
-        entry = weights.get(f'{variant}.{cfg.tag}')
-        args = entry.args if entry else {}
     model_cfg = model_cfgs[variant]
     levels = model_cfg.override(**{k: v for k, v in kwargs.items() if hasattr(model_cfg, k)}).levels
-    strict = kwargs.get('pretrained_strict', True)
-    build = partial(
-        build_model_with_cfg,
+    by_url = cfg.url and not (cfg.source or cfg.state_dict or cfg.file or cfg.hf_hub_id)
+    read = PretrainedWeights(cfg, kwargs.get('cache_dir')) if pretrained and not by_url else None
+    if read:  # timm is told that there is a state dict, without the weights themselves, as it copies what is in a cfg
+        told = replace(cfg, source=None, state_dict={'weights': None})
+        kwargs |= dict(pretrained_cfg=told, pretrained_cfg_overlay=None)
+
+    def fit(state_dict: Dict[str, Any], model: SKNet) -> Dict[str, Any]:
+        model.pretrained_cfg.pop('state_dict', None)
+        if cfg.source:
+            model.pretrained_cfg['source'] = cfg.source
+        found = read or PretrainedWeights(replace(cfg, state_dict=state_dict))
+        classes = 0 if kwargs.get('features_only') else model.num_classes
+        return found.fit(model, classes, kwargs.get('pretrained_strict', True))
+
+    return build_model_with_cfg(
         SKNet,
         variant,
         pretrained,
         model_cfg=model_cfg,
         feature_cfg=dict(out_indices=tuple(range(levels)), flatten_sequential=True),
-        pretrained_filter_fn=lambda state_dict, model: check_weights(native_keys(state_dict), model, strict),
-        **(args | kwargs),
+        pretrained_filter_fn=fit,
+        **kwargs,
     )
-    model = build_from_hub(build, cfg, kwargs.get('cache_dir')) if pretrained and on_hub(cfg) else build()
-    model._model_args = args  # to which timm adds what it was given: what its save_for_hf keeps
-    return model
-
-
-_replaced = [f'{model_entrypoint(name).__module__}.{name}' for name in model_cfgs if is_model(name)]
-if _replaced:
-    warnings.warn(
-        f"timm_sknet has replaced {', '.join(_replaced)} in timm's registry: create_model() makes "
-        "timm_sknet's model of that name. For the other, set TIMM_SKNET_AUTOLOAD=0 and do not import timm_sknet."
-    )
-    warnings.filterwarnings('ignore', 'Overwriting', module=__name__)  # timm's own warning, one for each name
 
 
 @register_model
@@ -334,6 +316,18 @@ def sknet101(pretrained: bool = False, **kwargs: Any) -> SKNet:
 def sknet50_m3(pretrained: bool = False, **kwargs: Any) -> SKNet:
     """SKNet-50 with three branches, 3x3 with dilation 1, 2 and 3 (paper, table 7)."""
     return _create('sknet50_m3', pretrained, **kwargs)
+
+
+@register_model
+def sknet50_caffe(pretrained: bool = False, **kwargs: Any) -> SKNet:
+    """SKNet-50 as in the authors' Caffe file: a stem pool without padding, rounded up."""
+    return _create('sknet50_caffe', pretrained, **kwargs)
+
+
+@register_model
+def sknet101_caffe(pretrained: bool = False, **kwargs: Any) -> SKNet:
+    """SKNet-101 as in the authors' Caffe file: that stem pool, and an attention of width 16 in the second stage."""
+    return _create('sknet101_caffe', pretrained, **kwargs)
 
 
 @register_model
