@@ -1,6 +1,7 @@
 """`timm-sknet convert`: weights of every kind become a folder that loads everywhere, or one line says why not."""
 
 import argparse
+import inspect
 import json
 import os
 import pickle
@@ -24,8 +25,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from timm.utils import CheckpointSaver, ModelEmaV3
 
+from timm_sknet import sources
 from timm_sknet.cli import main
-from timm_sknet.network import SKNetCfg
+from timm_sknet.network import SKNet, SKNetCfg
 from timm_sknet.sknets import model_cfgs
 
 
@@ -37,6 +39,15 @@ def tiny(monkeypatch):
     planes = pytorch_reference.TINY['planes']
     small = dict(depths=pytorch_reference.TINY['depths'], mid_widths=planes, widths=[4 * p for p in planes])
     monkeypatch.setitem(model_cfgs, 'sk_resnet50', model_cfgs['sk_resnet50'].override(**small))
+
+
+@pytest.fixture
+def tiny_caffe(tiny, monkeypatch):
+    """Makes sknet50 and sknet101, and those of the authors' Caffe files, networks of a few units that differ alike."""
+    for name, depths, attn_widths in ('sknet50', (2, 2, 1, 1), None), ('sknet101', (2, 3, 1, 1), (8, 4, 8, 16)):
+        cfg = model_cfgs['sknet26'].override(depths=depths, r=8, L=8)
+        monkeypatch.setitem(model_cfgs, name, cfg)
+        monkeypatch.setitem(model_cfgs, f'{name}_caffe', cfg.override(stem_pool='ceil', attn_widths=attn_widths))
 
 
 @pytest.fixture
@@ -144,6 +155,87 @@ def test_a_caffe_file_brings_its_network_and_its_input(converted, caffemodel):
     )
 
 
+@pytest.fixture
+def write(tmp_path):
+    """Writes a Caffe file of random weights; gives it and its logits of an image."""
+
+    def write_caffemodel(**sizes):
+        graph = caffe_reference.layers(**caffe_reference.TINY | sizes)
+        blobs = caffe_reference.random_blobs(graph)
+        caffe_reference.write_caffemodel(tmp_path / 'authors.caffemodel', graph, blobs)
+        return tmp_path / 'authors.caffemodel', lambda x: caffe_reference.forward(blobs, x)
+
+    return write_caffemodel
+
+
+CAFFE_NETWORKS = {
+    'sknet50_caffe': dict(depths=(2, 2, 1, 1), attn_widths=(8, 8, 8, 8)),
+    'sknet101_caffe': dict(depths=(2, 3, 1, 1), attn_widths=(8, 4, 8, 16)),
+}
+
+
+@pytest.mark.parametrize('name', CAFFE_NETWORKS)
+def test_a_caffe_file_is_of_the_network_of_that_name_without_arguments(tiny_caffe, converted, write, name):
+    file, forward = write(**CAFFE_NETWORKS[name])
+    folder = converted(file, name)
+    assert config(folder)['architecture'] == name and config(folder)['model_args'] == {}
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    pixels = (255 * image).flip(1) - torch.tensor(caffe_reference.BGR_MEAN).view(3, 1, 1)
+    data = timm.data.resolve_data_config(model=(model := load(folder)))
+    mean, std = (torch.tensor(data[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    expected = forward(pixels)
+    assert ((model((image - mean) / std) - expected).abs().max() / expected.abs().max()).item() < 1e-5
+
+
+@pytest.mark.parametrize('name, others', [
+    ('sknet50_caffe', ['sknet50', 'sknet101', 'sknet101_caffe', 'sknet12']),
+    ('sknet101_caffe', ['sknet50', 'sknet101', 'sknet50_caffe', 'sknet12']),
+])  # fmt: skip
+def test_a_caffe_file_of_another_network_is_refused_and_its_own_is_named(
+    tiny_caffe, run, write, tmp_path, name, others
+):
+    file, _ = write(**CAFFE_NETWORKS[name])
+    for arch in others:
+        code, err = run(file, arch)
+        assert code == 2 and f'not of {arch}: ' in err and err.endswith(f'It looks like {name}: use --arch {name}.\n')
+    assert os.listdir(tmp_path) == ['authors.caffemodel']
+
+
+def test_a_damaged_caffe_file_is_called_damaged_whatever_the_network(tiny_caffe, run, write):
+    file, _ = write(**CAFFE_NETWORKS['sknet50_caffe'])
+    file.write_bytes(cut(file.read_bytes()))
+    code, err = run(file, 'sknet50')
+    assert code == 2 and 'cut short or damaged' in err
+
+
+@pytest.mark.parametrize('name', ['sknet50', 'sknet50_caffe', 'sknet101', 'sknet101_caffe'])
+def test_a_state_dict_never_looks_like_a_network_of_caffe(tiny_caffe, run, tmp_path, name):
+    save_file(timm.create_model(name).state_dict(), tmp_path / 'own.safetensors')
+    code, err = run(tmp_path / 'own.safetensors', 'sknet12')
+    assert code == 2 and '_caffe' not in err
+    assert name == 'sknet101_caffe' or f'It looks like {name.removesuffix("_caffe")}: use --arch' in err
+
+
+@pytest.mark.parametrize('name, other', [('sknet50', 'sknet50_caffe'), ('sknet50_caffe', 'sknet50')])
+def test_a_checkpoint_or_a_folder_is_of_the_model_that_it_names(tiny_caffe, run, converted, tmp_path, name, other):
+    """The two networks differ in nothing that the shapes of their weights show."""
+    arguments = argparse.Namespace(model=name, model_kwargs={})
+    model = trained(name, num_classes=7)
+    torch.save({'state_dict': model.state_dict(), 'args': arguments}, tmp_path / 'last.pth.tar')
+    code, err = run(tmp_path / 'last.pth.tar', other)
+    assert code == 2 and f'not of {other}: it names the model {name}. It looks like {name}: use --arch {name}.' in err
+    folder = shutil.move(converted(tmp_path / 'last.pth.tar', name), tmp_path / 'first')
+    assert_same(load(folder), model)
+    assert config(folder)['model_args'] == {}
+    code, err = run(folder / 'model.safetensors', other)
+    assert code == 2 and f'use --arch {name}.' in err
+    arguments.model = f'local-dir:{folder}'
+    torch.save({'state_dict': model.state_dict(), 'args': arguments}, tmp_path / 'last.pth.tar')
+    code, err = run(tmp_path / 'last.pth.tar', other)
+    assert code == 2 and f'use --arch {name}.' in err
+    assert_same(load(converted(tmp_path / 'last.pth.tar', name)), model)
+
+
 @pytest.mark.parametrize('legacy', [True, False])
 def test_a_checkpoint_of_the_pytorch_variant(tiny, converted, tmp_path, legacy):
     state = pytorch_reference.random_state(**pytorch_reference.TINY)
@@ -222,14 +314,14 @@ def test_a_folder_can_be_converted_again(converted, caffemodel, tmp_path):
     assert config(again)['pretrained_cfg'] == config(first)['pretrained_cfg'] | dict(license='mit')
 
 
-@pytest.mark.parametrize('start', ['local-dir', 'sknet101.authors_in1k'])
+@pytest.mark.parametrize('start', ['local-dir', 'sknet101_caffe.authors_in1k'])
 def test_what_was_fine_tuned_keeps_the_network_and_input_it_started_from(converted, caffemodel, tmp_path, start):
-    name, args, std = 'sknet101', dict(stem_pool='ceil', attn_widths=[32, 16, 32, 64]), [1 / 255] * 3
+    name, args, std = 'sknet101_caffe', {}, [1 / 255] * 3
     if start == 'local-dir':
         folder = shutil.move(converted(caffemodel, 'sknet26'), tmp_path / 'first')
         start, name, args = f'local-dir:{folder}', 'sknet26', config(folder)['model_args']
     model = timm.create_model(start, num_classes=7)
-    kwargs = dict(output_stride=8, drop_path_rate=0.1)
+    kwargs = dict(output_stride=8, drop_path_rate=0.1, memory_efficient=True)
     arguments = argparse.Namespace(model=start, model_kwargs=kwargs, gp='avgmax' if name == 'sknet26' else None)
     torch.save({'state_dict': model.state_dict(), 'args': arguments}, tmp_path / 'last.pth.tar')
     if name == 'sknet26':
@@ -237,9 +329,88 @@ def test_what_was_fine_tuned_keeps_the_network_and_input_it_started_from(convert
         torch.save({'state_dict': model.state_dict(), 'args': arguments}, tmp_path / 'last.pth.tar')
         args = args | dict(global_pool='avgmax')
     folder = converted(tmp_path / 'last.pth.tar', name)
-    assert config(folder)['model_args'] == args | dict(output_stride=8)
+    assert config(folder)['architecture'] == name and config(folder)['model_args'] == args | dict(output_stride=8)
     cfg = config(folder)['pretrained_cfg']
     assert cfg['std'] == std and 'origin_url' not in cfg and 'tag' not in cfg
+
+
+@pytest.fixture
+def named(tmp_path):
+    """Writes the weights of three classes and a config.json that holds these fields; gives the weights."""
+
+    def write(pretrained_cfg, **fields):
+        save_file(timm.create_model('sknet12', num_classes=3).state_dict(), tmp_path / 'model.safetensors')
+        fields |= dict(architecture='sknet12', pretrained_cfg=pretrained_cfg)
+        (tmp_path / 'config.json').write_text(json.dumps(fields))
+        return tmp_path / 'model.safetensors'
+
+    return write
+
+
+@pytest.mark.parametrize('names', [
+    ['cat', 'ant', 'dog'],
+    {'2': 'dog', '0': 'cat', '1': 'ant'},
+    {'1': 'ant', '2': 'dog', '0': 'cat'},
+])  # fmt: skip
+def test_the_names_of_classes_are_written_in_the_order_of_the_indices(named, converted, names):
+    for cfg, fields in (
+        ({}, {'label_names': names}),
+        ({'label_names': names}, {}),
+        ({'label_names': None}, {'label_names': names}),
+    ):
+        folder = converted(named(cfg, **fields), 'sknet12', '--force')
+        assert config(folder)['label_names'] == ['cat', 'ant', 'dog']
+        assert load(folder).pretrained_cfg['label_names'] == ['cat', 'ant', 'dog']
+
+
+def test_a_null_in_config_json_leaves_the_input_of_the_model(named, converted):
+    nulls = dict.fromkeys(('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'std'))
+    cfg = config(converted(named(dict(mean=[0.5] * 3) | nulls), 'sknet12'))['pretrained_cfg']
+    assert (cfg['mean'], cfg['std'], cfg['input_size']) == ([0.5] * 3, [0.247, 0.2435, 0.2616], [3, 32, 32])
+    assert (cfg['interpolation'], cfg['crop_pct']) == ('bilinear', 1.0)
+
+
+def test_more_than_ten_classes_do_not_come_in_the_order_of_text(converted, tmp_path):
+    save_file(timm.create_model('sknet12', num_classes=12).state_dict(), tmp_path / 'model.safetensors')
+    names = {index: f'class {index}' for index in sorted(map(str, range(12)))}
+    fields = dict(architecture='sknet12', pretrained_cfg={}, label_names=names)
+    (tmp_path / 'config.json').write_text(json.dumps(fields))
+    folder = converted(tmp_path / 'model.safetensors', 'sknet12')
+    assert config(folder)['label_names'] == [f'class {i}' for i in range(12)]
+
+
+def test_names_of_another_number_of_classes_and_no_names_are_left_out(named, converted):
+    for names in None, [], {}, ['cat'], {'0': 'cat', '1': 'ant'}:
+        assert 'label_names' not in config(converted(named({}, label_names=names), 'sknet12', '--force'))
+
+
+@pytest.mark.parametrize('names', [
+    'cat',
+    3,
+    [None, None, None],
+    ['cat', 'ant', None],
+    [0, 1, 2],
+    {'0': 'cat', '1': 'ant', '2': None},
+    {'0': 'cat', '1': 'ant', '3': 'dog'},
+    {'0': 'cat', '1': 'ant', '01': 'dog'},
+    {'cat': '0', 'ant': '1', 'dog': '2'},
+])  # fmt: skip
+def test_what_are_no_names_of_classes_is_refused_unless_others_are_given(named, run, converted, tmp_path, names):
+    for cfg, fields in ({}, {'label_names': names}), ({'label_names': names}, {}):
+        source = named(cfg, **fields)
+        code, err = run(source, 'sknet12')
+        assert code == 2 and err.count('\n') == 1 and not (tmp_path / 'out').exists()
+        assert 'label_names must be a list of 3 texts, or a mapping from the indices 0 to 2 to texts, got' in err
+        assert '--label-names' in err
+    (tmp_path / 'names.txt').write_text('one\ntwo\nthree\n')
+    folder = converted(source, 'sknet12', '--label-names', tmp_path / 'names.txt')
+    assert config(folder)['label_names'] == ['one', 'two', 'three']
+    assert 'label_names' not in config(converted(source, 'sknet12', '--num-classes', 0, '--force'))
+
+
+def test_every_argument_of_the_network_is_kept_or_left_out_on_purpose():
+    arguments = inspect.signature(SKNet).parameters.keys() - {'cfg', 'device', 'dtype', 'overrides'}
+    assert arguments <= sources.MODEL_ARGS | sources.TRAINING_ARGS
 
 
 # What the folder is
@@ -415,8 +586,11 @@ BAD = {
         lambda p: damaged_checkpoint(p, put(**{'\x1b' * 2000: torch.ones(1)})),
         r'has also the tensor.*\.\.\.',
     ),
-    'hidden methods': (lambda p: damaged_checkpoint(p, hide), 'lacks the tensor head.fc.weight|has also'),
-    'a number as classifier': (lambda p: damaged_checkpoint(p, put(weight=torch.tensor(1.0))), 'has also'),
+    'hidden methods': (lambda p: damaged_checkpoint(p, hide), 'lacks the tensor head.fc.weight'),
+    'a number as classifier': (
+        lambda p: damaged_checkpoint(p, put(weight=torch.tensor(1.0))),
+        'head.fc.weight is of shape',
+    ),
     'more classes than bytes': (
         lambda p: damaged_checkpoint(p, put(weight=torch.zeros(1).expand(10**9, 96))),
         'its tensors are larger than the file',
@@ -429,7 +603,17 @@ BAD = {
     'a list': (lambda p: torch.save([1, 2], p), 'it holds a list'),
     'no tensors': (lambda p: torch.save({'state_dict': {'a': 1}}, p), 'no state dict.*value a'),
     'NaN': (lambda p: damaged_checkpoint(p, poison), 'head.fc.weight has values that are NaN or infinite'),
-    'another name': (lambda p: damaged_checkpoint(p, misname), 'lacks the tensor head.fc.weight|has also'),
+    'another name': (lambda p: damaged_checkpoint(p, misname), 'lacks the tensor head.fc.weight'),
+    'no bias': (
+        lambda p: damaged_checkpoint(p, lambda state: state['state_dict_ema'].pop('head.fc.bias')),
+        'lacks the tensor head.fc.bias',
+    ),
+    'a name twice': (
+        lambda p: damaged_checkpoint(
+            p, lambda state: state['state_dict_ema'].update({'module.head.fc.bias': torch.ones(7)})
+        ),
+        'two of its tensors have the same name',
+    ),
     'another shape': (
         lambda p: damaged_checkpoint(p, reshape),
         r'stages.0.0.conv2.conv.weight is of shape \(16, 8, 3, 3\)',
@@ -450,12 +634,19 @@ def test_bad_input_gets_one_line_and_leaves_nothing(run, checkpoint, tmp_path, m
 
 
 BAD_CAFFE = {
-    'a layer less': (lambda blobs: blobs.pop('conv2_1/B_fc2'), 'lacks the layer conv2_1/B_fc2'),
-    'a layer more': (lambda blobs: blobs.update({'fc8': blobs['classifier']}), 'has also the layer fc8'),
-    'a blob less': (lambda blobs: blobs['conv1/7x7_s2/bn'].pop(), "'conv1/7x7_s2/bn' has 3 blobs, not 4"),
+    'a layer less': (lambda blobs: blobs.pop('conv2_1/B_fc2'), r'lacks the tensor stages\.0\.0\.sk\.attn\.fc2\.weight'),
+    'a layer more': (
+        lambda blobs: blobs.update({'fc8': blobs['classifier']}),
+        r'has also the 2 tensors fc8\.bias, fc8\.weight',
+    ),
+    'a blob less': (lambda blobs: blobs['conv1/7x7_s2/bn'].pop(), r'lacks the tensor stem\.bn\.running_var'),
     'another shape': (
         lambda blobs: blobs.update({'conv2_1/3x3g32': [np.ones((32, 1, 5, 5), np.float32)]}),
-        r"'conv2_1/3x3g32' has a blob of shape \(32, 1, 5, 5\), not \(32, 1, 3, 3\)",
+        r'stages\.0\.0\.sk\.branches\.0\.conv\.weight is of shape \(32, 1, 5, 5\), not \(32, 1, 3, 3\)',
+    ),
+    'one of our names': (
+        lambda blobs: blobs.update({'stem.conv': blobs['conv1/7x7_s2']}),
+        'two of its tensors have the same name',
     ),
     'NaN': (lambda blobs: blobs['classifier'][0].__setitem__((5, 5), np.nan), 'head.fc.weight has values that are NaN'),
     'infinity': (lambda blobs: blobs['conv4_1/1x1_proj'][0].fill(np.inf), 'stages.2.0.shortcut.conv.weight has values'),
@@ -469,8 +660,7 @@ def test_bad_caffe_files_get_one_line_and_leave_nothing(tiny, run, tmp_path, nam
     change, expected = BAD_CAFFE[name]
     change(blobs)
     graph = [layer for layer in graph if layer.name in blobs]
-    if name == 'a layer more':
-        graph.append(graph[-1]._replace(name='fc8'))
+    graph += [graph[-1]._replace(name=more) for more in blobs.keys() - {layer.name for layer in graph}]
     caffe_reference.write_caffemodel(tmp_path / 'bad.caffemodel', graph, blobs)
     code, err = run(tmp_path / 'bad.caffemodel', 'sknet26')
     assert code == 2 and err.count('\n') == 1
@@ -480,10 +670,14 @@ def test_bad_caffe_files_get_one_line_and_leave_nothing(tiny, run, tmp_path, nam
 
 def test_the_model_that_the_weights_look_like_is_named(tiny, run, caffemodel, checkpoint, tmp_path):
     code, err = run(caffemodel, 'sknet50')
-    assert code == 2 and 'not of sknet50' in err and 'It looks like sknet26.' in err
+    assert code == 2 and 'not of sknet50' in err and 'It looks like sknet26: use --arch sknet26.' in err
     save_file(trained('sk_shufflenetv2_x0_5').state_dict(), tmp_path / 'own.safetensors')
     code, err = run(tmp_path / 'own.safetensors', 'sk_shufflenetv2_x1_0')
-    assert code == 2 and 'It looks like sk_shufflenetv2_x0_5.' in err
+    assert code == 2 and 'It looks like sk_shufflenetv2_x0_5: use --arch sk_shufflenetv2_x0_5.' in err
+    for change in argue(), lambda state: delattr(state['args'], 'model'):
+        damaged_checkpoint(checkpoint, change)
+        code, err = run(checkpoint, 'sknet14')
+        assert code == 2 and 'It looks like sknet12: use --arch sknet12.' in err
     code, err = run(checkpoint, 'sknet512')
     assert code == 2 and "No model 'sknet512' here. Choose one of sknet26" in err
 
@@ -543,11 +737,12 @@ def test_a_stopped_conversion_leaves_nothing(checkpoint, tmp_path):
 
 
 MEMORY = (
-    'import os, resource, sys, timm, torch\n'
+    'import os, re, sys, timm, torch\n'
     'import timm_sknet.convert\n'
     'from timm_sknet.cli import main\n'
     "timm.create_model('sknet12').eval()(torch.zeros(1, 3, 32, 32))\n"  # what torch takes for itself
-    'peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
+    # of this process alone: the ru_maxrss of a new process starts at that of its parent
+    "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])\n"
     'before = peak()\n'
     "main(['convert', *sys.argv[1:]])\n"
     'print((peak() - before) / os.path.getsize(sys.argv[1]))\n'
@@ -558,8 +753,8 @@ MEMORY = (
 def test_converting_takes_at_most_four_times_the_files_memory(tmp_path):
     graph = caffe_reference.layers(**caffe_reference.SKNET50)
     caffe_reference.write_caffemodel(tmp_path / 'sknet50.caffemodel', graph, caffe_reference.random_blobs(graph))
-    done = in_a_process(MEMORY, tmp_path / 'sknet50.caffemodel', tmp_path / 'out', '--arch', 'sknet50')
-    assert float(done.stdout.split()[-1]) < 4, done.stdout
+    done = in_a_process(MEMORY, tmp_path / 'sknet50.caffemodel', tmp_path / 'out', '--arch', 'sknet50_caffe')
+    assert (tmp_path / 'out').is_dir() and float(done.stdout.split()[-1]) < 4, done.stdout
 
 
 def test_a_file_of_small_layers_takes_no_memory(tmp_path):

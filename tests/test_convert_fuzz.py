@@ -305,6 +305,7 @@ def attributes(value, **attributes):
 def lying(size, stride, offset=0):
     """A tensor that says it has more elements than it has memory."""
     storage = torch.zeros(4).storage()
+    # private, because only the pickle of a tensor calls it
     return Call(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {})
 
 
@@ -314,7 +315,7 @@ TENSORS = {
     'too large': lambda w: torch.full(w.shape, 1e300, dtype=torch.float64),
     'complex': lambda w: w.to(torch.complex64),
     'conjugated': lambda w: w.to(torch.complex64).conj(),
-    'negated': torch._neg_view,
+    'negated': torch._neg_view,  # private: the public operations resolve the view at once
     'int': lambda w: w.to(torch.int32),
     'bool': lambda w: w > 0,
     'uint16': lambda w: torch.ones(w.shape, dtype=torch.uint16),
@@ -658,7 +659,7 @@ def test_repositories(data):
     config = json.loads(json.dumps(CONFIG))
     where = draw(st.sampled_from(['top', 'args', 'cfg', 'text']))
     if where == 'top':
-        config[draw(st.sampled_from(['pretrained_cfg', 'model_args', 'label_names', 'x']))] = draw(JSON)
+        config[draw(st.sampled_from(['pretrained_cfg', 'model_args', 'label_names', 'architecture', 'x']))] = draw(JSON)
     elif where == 'args':
         value = draw(JSON | st.sampled_from([[10**9, 1], [10**9, 1 - 10**9], 10**9, ['2', '1'], [1, 1]]))
         config['model_args'][draw(st.sampled_from(FIELDS))] = value

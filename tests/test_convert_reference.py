@@ -283,10 +283,10 @@ def pytorch_source(folder, depths):
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize('arch, write, options', [
-    ('sknet50', caffe_source, dict(config=caffe.SKNET50, packed=False, legacy=True)),  # as in an old file
-    ('sknet101', caffe_source, dict(config=caffe.SKNET101)),
+    ('sknet50_caffe', caffe_source, dict(config=caffe.SKNET50, packed=False, legacy=True)),  # as in an old file
+    ('sknet101_caffe', caffe_source, dict(config=caffe.SKNET101)),
     ('sk_resnet50', pytorch_source, dict(depths=pytorch.SK_RESNET50)),
-], ids=['sknet50', 'sknet101', 'sk_resnet50'])  # fmt: skip
+], ids=['sknet50_caffe', 'sknet101_caffe', 'sk_resnet50'])  # fmt: skip
 def test_a_converted_model_has_the_authors_logits(arch, write, options, tmp_path):
     source, forward = write(tmp_path, **options)
     out = tmp_path / 'out'

@@ -189,6 +189,8 @@ SMALL = {
     'sknet50': dict(depths=(1, 1, 1, 1), attn_widths=(8, 8, 8, 8)),
     'sknet101': dict(depths=(1, 1, 1, 1), r=8, L=16),
     'sknet50_m3': dict(depths=(1, 1, 1, 1)),
+    'sknet50_caffe': dict(depths=(1, 1, 1, 1)),
+    'sknet101_caffe': dict(depths=(1, 1, 1, 1), stem_pool='pad'),
     'sknet29_16x32d': dict(depths=(1, 1, 1)),
     'sk_resnet50': dict(depths=(1, 1, 1, 1), stem_pool='ceil'),
     'sk_resnet101': dict(depths=(1, 1, 1, 1), norm_layer='layernorm2d'),

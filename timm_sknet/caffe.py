@@ -1,4 +1,4 @@
-"""Reads the authors' Caffe files: the layers of a `.caffemodel`, renamed to our keys.
+"""Reads the authors' Caffe files: the tensors of a `.caffemodel`, and our names for them.
 
 The format is a protobuf message whose field 100 holds one message for each layer. Those are taken from the file one by
 one, so that a file of 200 MB needs little more memory than its weights, and each is parsed by the protobuf library.
@@ -6,22 +6,9 @@ one, so that a file of 200 MB needs little more memory than its weights, and eac
 
 import io
 import math
+import re
 from pathlib import Path
-from typing import (
-    AbstractSet,
-    Any,
-    BinaryIO,
-    Callable,
-    Collection,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    Sequence,
-    Set,
-    Tuple,
-)
+from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Mapping, Set, Tuple
 
 import numpy as np
 import torch
@@ -44,12 +31,13 @@ UNIT = {
     '1x1_proj/bn': 'shortcut.bn',
 }
 AROUND = {'conv1/7x7_s2': 'stem.conv', 'conv1/7x7_s2/bn': 'stem.bn', 'classifier': 'head.fc'}
+IN_UNIT = re.compile('conv([2-9])_([1-9][0-9]{0,2})/(.+)')  # stage, unit and layer
 MOST_LAYERS = 10_000  # a layer takes 12 bytes in the file and 1,200 in memory
-BATCH_NORM = 'weight', 'bias', 'running_mean', 'running_var'  # the order of CuDNNBatchNorm's blobs
+BLOBS = 'weight', 'bias', 'running_mean', 'running_var'  # in Caffe's order; only CuDNNBatchNorm has the last two
 
 
-def read_caffemodel(path: Path, largest: int) -> Dict[str, List[Tensor]]:
-    """Returns the blobs of each layer that has any, by the layer's name.
+def read_caffemodel(path: Path, largest: int) -> Dict[str, Tensor]:
+    """Returns the blobs of all layers, by the layer's name and ours of the blob, as in 'conv1/7x7_s2/bn.weight'.
 
     Args:
         path: A `.caffemodel` of Caffe's second format (`LayerParameter`).
@@ -78,52 +66,19 @@ def read_caffemodel(path: Path, largest: int) -> Dict[str, List[Tensor]]:
             if len(layers) == MOST_LAYERS:
                 raise ValueError(f'damaged, or of another network: more than {MOST_LAYERS:,} layers.')
             layers[name] = blobs
-    return layers
+    return {f'{layer}.{name}': blob for layer, blobs in layers.items() for name, blob in zip(BLOBS, blobs)}
 
 
-def native_state(
-    layers: Mapping[str, Sequence[Tensor]],
-    depths: Sequence[int],
-    shapes: Callable[..., Mapping[str, Sequence[int]]],
-) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
-    """Renames Caffe's blobs to the keys of an SKNet that takes RGB images.
-
-    Args:
-        layers: Blobs of each layer, as from `read_caffemodel`.
-        depths: Units in each stage of the network.
-        shapes: Function of the model arguments that returns the shape of each tensor of the network's state dict.
-
-    Returns:
-        The tensors by our keys and the arguments of the network they fit.
-
-    Raises:
-        ValueError: Where the layers are not those of this network.
-    """
-    modules = dict(AROUND)
-    for stage, depth in enumerate(depths, start=2):
-        for unit in range(1, depth + 1):
-            for layer, module in UNIT.items():
-                if unit == 1 or not layer.startswith('1x1_proj'):
-                    modules[f'conv{stage}_{unit}/{layer}'] = f'stages.{stage - 2}.{unit - 1}.{module}'
-    check_names(modules.keys(), layers.keys(), 'layer')
-
-    widths = [layers[f'conv{stage}_1/B_fc1/bn'][0].numel() for stage in range(2, 2 + len(depths))]
-    args = dict(stem_pool='ceil', attn_widths=widths)
-    expected = shapes(num_classes=layers['classifier'][-1].numel(), **args)
-    state = {}
-    for layer, module in modules.items():
-        parameters = BATCH_NORM if module.endswith('bn') else ('weight', 'bias') if module == 'head.fc' else ('weight',)
-        if len(layers[layer]) != len(parameters):
-            raise ValueError(f'layer {layer!r} has {len(layers[layer])} blobs, not {len(parameters)}.')
-        for parameter, blob in zip(parameters, layers[layer]):
-            key = f'{module}.{parameter}'
-            shape = tuple(expected.get(key, ()))
-            # Caffe pads shapes with ones, before or behind
-            if [n for n in blob.shape if n != 1] != [n for n in shape if n != 1]:
-                raise ValueError(f'layer {layer!r} has a blob of shape {tuple(blob.shape)}, not {shape}.')
-            state[key] = blob.reshape(shape)
-    state['stem.conv.weight'] = state['stem.conv.weight'].flip(1)  # from BGR to RGB
-    return counters(expected) | state, args
+def rename_blobs(blobs: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Renames what `read_caffemodel` returns to the keys of an SKNet; the names of other layers stay."""
+    renamed = {}
+    for key, blob in blobs.items():
+        layer, _, name = key.rpartition('.')
+        unit = IN_UNIT.fullmatch(layer)
+        if unit and unit[3] in UNIT:
+            layer = f'stages.{int(unit[1]) - 2}.{int(unit[2]) - 1}.{UNIT[unit[3]]}'
+        renamed[f'{AROUND.get(layer, layer)}.{name}'] = blob
+    return renamed
 
 
 def _records(file: BinaryIO, size: int, keep: Set[int], most: int) -> Iterator[Tuple[int, bytes]]:
@@ -219,21 +174,3 @@ def _tensor(name: str, blob: Any) -> Tensor:
     if math.prod(shape) != len(values) or min(shape, default=1) < 0:
         raise ValueError(f'damaged: a blob of layer {name!r} has {len(values):,} values for the shape {shape}.')
     return torch.from_numpy(values).reshape(shape)
-
-
-def check_names(expected: AbstractSet[str], found: AbstractSet[str], what: str) -> None:
-    """Raises ValueError where the names of a network's layers or tensors are not those expected."""
-    for verb, names in ('lacks', expected - found), ('has also', found - expected):
-        if names:
-            raise ValueError(f'it {verb} the {count(names, what)}.')
-
-
-def counters(keys: Iterable[str]) -> Dict[str, Tensor]:
-    """Returns the batch counters among the keys of a state dict, which only PyTorch keeps, at 0."""
-    return {key: torch.tensor(0) for key in keys if key.endswith('num_batches_tracked')}
-
-
-def count(names: Collection[str], what: str, show: int = 3) -> str:
-    """Returns the names after their number, the first few of them."""
-    shown = ', '.join(sorted(names)[:show]) + (', ...' if len(names) > show else '')
-    return f'{what} {shown}' if len(names) == 1 else f'{len(names)} {what}s {shown}'

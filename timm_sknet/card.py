@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional
 from huggingface_hub import ModelCardData
 
 from timm_sknet import __version__
-from timm_sknet.sknets import CAFFE_INPUT, Weights, weights
+from timm_sknet.sknets import Weights, weights
 from timm_sknet.sources import Source
 
 REPOSITORY = 'ORG/NAME'  # `push` puts the name of the repository in its place
@@ -105,7 +105,7 @@ def model_card(config: Dict[str, Any], source: Source, parameters: int, dtype: s
         arch=arch,
         repository=REPOSITORY,
         details='\n'.join(f'| {key} | {value} |' for key, value in details.items() if value),
-        notes=CAFFE_NOTES if source.cfg is CAFFE_INPUT else '',
+        notes=CAFFE_NOTES if source.kind == 'caffe' else '',
         figures=_figures(entry, source),
     )
 

@@ -125,10 +125,15 @@ def _parser() -> argparse.ArgumentParser:
         'source',
         metavar='SOURCE',
         help="a .caffemodel or .pth.tar of the paper's authors, weights of timm's skresnext50_32x4d, a checkpoint of "
-        "timm's train.py, or ORG/NAME on the Hub; which, is seen from the content",
+        "timm's train.py, or ORG/NAME on the Hub; the kind is detected from the content",
     )
     convert.add_argument('out', metavar='OUT', type=Path, help='the folder to write')
-    convert.add_argument('--arch', required=True, metavar='NAME', help='the model, such as sknet101')
+    convert.add_argument(
+        '--arch',
+        required=True,
+        metavar='NAME',
+        help='the model, such as sknet50; sknet50_caffe and sknet101_caffe for Caffe files',
+    )
     convert.add_argument('--no-ema', action='store_true', help='do not take the averaged weights of a checkpoint')
     convert.add_argument(
         '--dtype',

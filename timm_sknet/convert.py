@@ -5,8 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -19,8 +18,9 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from timm_sknet.card import UNSTATED, model_card
+from timm_sknet.predict import label_names as ordered_names
 from timm_sknet.sknets import default_cfgs, model_cfgs
-from timm_sknet.sources import DESCRIPTION, Source, read
+from timm_sknet.sources import DESCRIPTION, Source, fit, likely_arch, read
 
 CONFIG, WEIGHTS, CARD = FILES = 'config.json', 'model.safetensors', 'README.md'
 STATISTICS = 'running_mean', 'running_var', 'num_batches_tracked'
@@ -46,7 +46,7 @@ def convert(
     Args:
         source: A `.caffemodel` or `.pth.tar` of the paper's authors, weights of timm's `skresnext50_32x4d` or of our
             models, a checkpoint of timm's train.py, or the name of a repository on the Hub that holds one of them.
-        out: The folder. It comes into being when all is well, or not at all.
+        out: The folder. It is written when everything is checked, or not at all.
         arch: Name of the model.
         ema: Take the averaged weights of a checkpoint that has them.
         dtype: 'float32' or 'float16'; the statistics of batch norm layers are float32 in any case.
@@ -72,6 +72,7 @@ def convert(
     try:
         weights = read(source, arch, ema)
         state, args = _fit(weights, arch)
+        weights = replace(weights, tensors={})  # for the sake of memory
         state = _checked(state, DTYPES[dtype])
         state = _cut(state, num_classes)
     except ValueError as e:
@@ -79,15 +80,18 @@ def convert(
 
     classes = _classes(state)
     if weights.tag and classes != default_cfgs[arch].default.num_classes:
-        weights.tag = ''  # the weights of that name have another classifier
+        weights = replace(weights, tag='')  # the weights of that name have another classifier
     try:
         cfg = _pretrained_cfg(weights, arch, classes, state['stem.conv.weight'].shape[1], tag, license)
-        own_names = list(cfg.pop('label_names', None) or ())
+        own_names = cfg.pop('label_names', None)
     except Exception as e:  # what a source says of itself can be anything
         raise ValueError(f'{source}: what it says of its input or classes is nothing that timm knows ({e!r}).') from e
-    if names is None and len(own_names) == classes:
-        names = own_names or None
-    if names is not None and len(names) != classes:
+    if names is None:
+        try:
+            names = _class_names(own_names, classes)
+        except ValueError as e:
+            raise ValueError(f'{source}: {e} Correct its config.json, or name the classes with --label-names.') from e
+    elif len(names) != classes:
         raise ValueError(f'{label_names} must have {classes} lines, one for each class, got {len(names)}.')
     # no num_classes in model_args: transformers would hand it over twice
     config = dict(architecture=arch, num_classes=classes, label_names=names, model_args=args, pretrained_cfg=cfg)
@@ -101,7 +105,7 @@ def convert(
         save_file(state, folder / WEIGHTS)
         (folder / WEIGHTS).chmod(0o644)  # safetensors keeps what it writes to its owner
         parameters = sum(value.numel() for key, value in state.items() if not key.endswith(STATISTICS))
-        del state, weights.fit  # for the sake of memory
+        del state  # for the sake of memory
         (folder / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v is not None}, indent=2) + '\n')
         (folder / CARD).write_text(model_card(config, weights, parameters, dtype, claimed=bool(license)))
         try:
@@ -166,15 +170,21 @@ def _read_names(path: Path) -> List[str]:
     return names
 
 
+def _class_names(given: Any, classes: int) -> Optional[List[str]]:
+    """Returns the names that a source gives its classes; None if it gives none, or those of another classifier."""
+    if not (given and classes):
+        return None
+    number = len(given) if isinstance(given, (dict, list, tuple)) else classes
+    names = ordered_names(given, number)
+    return names if number == classes else None
+
+
 def _fit(weights: Source, arch: str) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
     try:
-        return weights.fit(arch)
+        return fit(weights, arch)
     except ValueError as e:
-        hint = ''
-        for name in model_cfgs:
-            with suppress(ValueError):
-                weights.fit(name)
-                hint = f' It looks like {name}.'
+        name = likely_arch(weights)
+        hint = f' It looks like {name}: use --arch {name}.' if name else ''
         raise ValueError(f'{weights.what}, but not of {arch}: {e}{hint}') from e
 
 

@@ -9,11 +9,10 @@ import pickletools
 import re
 import warnings
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import IO, Any, Callable, Dict, Mapping, Optional, Tuple
+from typing import IO, Any, Collection, Dict, List, Literal, Mapping, Optional, Sequence, Tuple
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -23,7 +22,7 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from timm_sknet.caffe import check_names, count, counters, native_state, read_caffemodel
+from timm_sknet.caffe import read_caffemodel, rename_blobs
 from timm_sknet.network import PYTORCH_VARIANT, TIMM, SKNet, SKNetCfg, foreign, is_folded, native_keys
 from timm_sknet.sknets import CAFFE_INPUT, default_cfgs, model_cfgs
 from timm_sknet.sknets import weights as known_weights
@@ -35,7 +34,8 @@ PREPROCESSING = 'input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 
 DESCRIPTION = *PREPROCESSING, 'tag', 'license', 'label_names', 'description', 'origin_url'
 ARCHITECTURE = {f.name for f in fields(SKNetCfg)}
 MODEL_ARGS = ARCHITECTURE | {'output_stride', 'global_pool'}
-TRAINING_ARGS = {'drop_rate', 'drop_path_rate', 'drop_block_rate', 'zero_init_last', 'num_classes', 'in_chans'}
+TRAINING_ARGS = {'drop_rate', 'drop_path_rate', 'drop_block_rate', 'zero_init_last', 'memory_efficient'}
+TRAINING_ARGS.update({'num_classes', 'in_chans'})  # known from the tensors
 # of train.py's arguments, those that say something about the model and its input
 TRAIN_ARGS = {'model', 'model_kwargs', 'bn_momentum', 'bn_eps', 'gp', 'eval_metric', 'img_size', 'in_chans'}
 TRAIN_ARGS.update(PREPROCESSING)
@@ -49,30 +49,35 @@ LONGEST_PICKLE = 2**21
 LONGEST_HEADER = 2**20
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
     """Weights as they were read.
 
     Attributes:
         what: What they are, in words.
         path: The file that holds them.
-        fit: Function from the name of a model to its state dict and the arguments that make the network that they fit.
-            Raises ValueError where they are not that model's.
-        tag: Their tag in our table of weights, empty where they are not in it.
+        tensors: The tensors by the names that they have in the file.
+        kind: What these names are: layers of Caffe, or the keys of a state dict.
+        arch: The model of ours that the source names, empty where it names none.
+        model_args: Arguments of the model that the source names.
         cfg: Fields of timm's `PretrainedCfg` that they come with.
+        tag: Their tag in our table of weights, empty where they are not in it.
         measured: A figure that they come with, in words.
     """
 
     what: str
     path: Path
-    fit: Callable[..., Tuple[Dict[str, Tensor], Dict[str, Any]]]
+    tensors: Mapping[str, Tensor]
+    kind: Literal['caffe', 'state_dict'] = 'state_dict'
+    arch: str = ''
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    cfg: Mapping[str, Any] = field(default_factory=dict)
     tag: str = ''
-    cfg: Dict[str, Any] = field(default_factory=dict)
     measured: str = ''
 
 
 def read(source: str, arch: str, ema: bool = True) -> Source:
-    """Reads weights, whose kind is seen from their content.
+    """Reads weights and detects their kind from the content.
 
     Args:
         source: A file, or the name of a repository on the Hub; see `timm_sknet.convert.convert`.
@@ -126,14 +131,84 @@ def shapes(arch: str, most: float = math.inf, /, **args: Any) -> Dict[str, torch
     return {key: value.shape for key, value in state.items()}
 
 
+def fit(source: Source, arch: str) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
+    """Renames the tensors of a source to the keys of a model.
+
+    Args:
+        source: What `read` returns.
+        arch: Name of the model.
+
+    Returns:
+        The state dict, and the arguments of the network that it is of.
+
+    Raises:
+        ValueError: Where the tensors are not those of this model.
+    """
+    caffe, cfg, args = source.kind == 'caffe', model_cfgs[arch], dict(source.model_args)
+    state = dict(rename_blobs(source.tensors) if caffe else native_keys(clean_state_dict(dict(source.tensors))))
+    if len(state) < len(source.tensors):
+        raise ValueError('damaged, or of another network: two of its tensors have the same name.')
+    if is_folded(state):
+        raise ValueError('these are the weights of a folded (reparameterized) model: convert those it had before.')
+    stem, bias = state.get('stem.conv.weight'), state.get('head.fc.bias')
+    classes = int('head.fc.weight' in state) if bias is None else bias.numel()  # without a bias its name is missing
+    if caffe and cfg.stem_pool != 'ceil':
+        args['stem_pool'] = 'ceil'
+    elif not caffe and stem is not None and stem.ndim == 4 and stem.shape[1] != 3:
+        args['in_chans'] = stem.shape[1]
+
+    expected = shapes(arch, len(state), num_classes=classes, **args)
+    state = {key: torch.tensor(0) for key in expected if key.endswith('num_batches_tracked')} | state
+    for verb, names in ('lacks', expected.keys() - state.keys()), ('has also', state.keys() - expected.keys()):
+        if names:
+            raise ValueError(f'it {verb} the {count(names, "tensor")}.')
+    if caffe:
+        units = [f'stages.{stage}.0.sk.attn.bn.weight' for stage in range(len(cfg.depths))]
+        widths = [state[key].numel() for key in units]
+        if widths != [expected[key].numel() for key in units]:
+            args['attn_widths'] = widths
+            expected = shapes(arch, len(state), num_classes=classes, **args)
+    for key, shape in expected.items():
+        if caffe and _without_ones(state[key].shape) == _without_ones(shape):
+            state[key] = state[key].reshape(shape)  # Caffe pads shapes with ones, before or behind
+        if state[key].shape != shape:
+            raise ValueError(f'{key} is of shape {tuple(state[key].shape)}, not {tuple(shape)}.')
+    if caffe:
+        state['stem.conv.weight'] = state['stem.conv.weight'].flip(1)  # from BGR to RGB
+    # what the shapes do not show
+    if caffe and f'{arch}_caffe' in model_cfgs:
+        raise ValueError(f'the stem pool of {arch} has a padding, that of a Caffe network has none.')
+    if source.arch not in ('', arch):
+        raise ValueError(f'it names the model {source.arch}.')
+    return state, args
+
+
+def likely_arch(source: Source) -> str:
+    """Returns the name of the model that a source fits, empty where it fits none."""
+    caffe = source.kind == 'caffe'
+    for name in sorted(model_cfgs, key=lambda name: name.endswith('_caffe') != caffe):
+        if name.endswith('_caffe') and not (caffe or source.arch):
+            continue  # a state dict does not show the stem pool
+        with suppress(ValueError):
+            fit(source, name)
+            return name
+    return ''
+
+
+def _without_ones(shape: Sequence[int]) -> List[int]:
+    return [n for n in shape if n != 1]
+
+
 def _caffemodel(path: Path, arch: str) -> Source:
     largest = max(math.prod(shape) for name in {arch, 'sknet101'} & set(model_cfgs) for shape in shapes(name).values())
-    layers = read_caffemodel(path, largest)
+    blobs = read_caffemodel(path, largest)
+    return Source("a .caffemodel of the paper's authors", path, blobs, 'caffe', cfg=CAFFE_INPUT, tag='authors_in1k')
 
-    def fit(arch: str) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
-        return native_state(layers, model_cfgs[arch].depths, partial(shapes, arch))
 
-    return Source("a .caffemodel of the paper's authors", path, fit, 'authors_in1k', CAFFE_INPUT)
+def count(names: Collection[str], what: str, show: int = 3) -> str:
+    """Returns the names after their number, the first few of them."""
+    shown = ', '.join(sorted(names)[:show]) + (', ...' if len(names) > show else '')
+    return f'{what} {shown}' if len(names) == 1 else f'{len(names)} {what}s {shown}'
 
 
 def _repository(repo: str, revision: Optional[str]) -> Source:
@@ -149,16 +224,19 @@ def _repository(repo: str, revision: Optional[str]) -> Source:
 
 def _described(source: Source, config: Path) -> Source:
     """Returns weights with what the config.json beside them says of them."""
-    model_args, cfg = _config(config)
-    return replace(source, fit=partial(source.fit, args=model_args), cfg=cfg)
+    arch, model_args, cfg = _config(config)
+    return replace(source, arch=arch, model_args=model_args, cfg=cfg)
 
 
-def _config(path: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Returns the model's arguments and the fields of its cfg in a config.json of timm's."""
+def _config(path: Path) -> Tuple[str, Dict[str, Any], Dict[str, Any]]:
+    """Returns the model, if it is ours, its arguments and the fields of its cfg in a config.json of timm's."""
     try:
         config = json.loads(path.read_bytes())
-        cfg = {'label_names': config.get('label_names')} | config['pretrained_cfg']
-        return _model_args(config.get('model_args') or {}), {k: v for k, v in cfg.items() if k in DESCRIPTION}
+        arch = next((name for name in model_cfgs if name == config.get('architecture')), '')
+        cfg = {k: v for k, v in config['pretrained_cfg'].items() if k in DESCRIPTION and v is not None}
+        if config.get('label_names') is not None:  # timm writes them here, and reads them here first
+            cfg['label_names'] = config['label_names']
+        return arch, _model_args(config.get('model_args') or {}), cfg
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
         raise ValueError(f'{path} is not a config.json of timm ({e!r}).') from e
 
@@ -171,18 +249,17 @@ def _model_args(given: Dict[str, Any]) -> Dict[str, Any]:
     return {key: value for key, value in given.items() if key not in TRAINING_ARGS}
 
 
-def _start(model: str, arch: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Returns the arguments and the cfg of a model by the name that train.py was given."""
+def _start(model: str, arch: str) -> Tuple[str, Dict[str, Any], Dict[str, Any]]:
+    """Returns what `_config` does, for the name of a model that train.py was given."""
     if model.startswith('local-dir:'):
         return _config(Path(model.removeprefix('local-dir:')) / 'config.json')
     match = HUB_NAME.fullmatch(model)
     if match:
         return _config(Path(hf_hub_download(match[1], 'config.json', revision=match[2])))
     variant, _, tag = model.partition('.')
-    entry = known_weights.get(model)
     cfgs = default_cfgs.get(variant, default_cfgs[arch])
     cfg = cfgs.cfgs.get(tag, cfgs.default).to_dict()
-    return dict(entry.args) if entry else {}, {key: cfg[key] for key in PREPROCESSING}
+    return variant if variant in model_cfgs else '', {}, {key: cfg[key] for key in PREPROCESSING}
 
 
 def _safetensors(path: Path) -> Dict[str, Tensor]:
@@ -209,7 +286,7 @@ def _checkpoint(path: Path, arch: str, ema: bool) -> Source:
     try:
         args = _plain({k: v for k, v in vars(checkpoint['args']).items() if k in TRAIN_ARGS})
         metric, epoch = _plain([checkpoint.get('metric'), checkpoint.get('epoch')])
-        model_args, cfg = _start(args.get('model', arch), arch)
+        own_arch, model_args, cfg = _start(args.get('model', ''), arch)
         model_args |= _model_args(args.get('model_kwargs') or {})
         given = {'bn_momentum': args.get('bn_momentum'), 'bn_eps': args.get('bn_eps'), 'global_pool': args.get('gp')}
         model_args |= {k: v for k, v in given.items() if v is not None}
@@ -222,8 +299,8 @@ def _checkpoint(path: Path, arch: str, ema: bool) -> Source:
     what = "a checkpoint of timm's train.py"
     if 'state_dict_ema' in checkpoint:
         what += ', its averaged weights' + ('' if averaged else ' left out')
-    source = _state_dict(state, path)
-    return replace(source, what=what, tag='', cfg=cfg, measured=measured, fit=partial(source.fit, args=model_args))
+    tensors = _state_dict(state, path).tensors
+    return Source(what, path, tensors, arch=own_arch, model_args=model_args, cfg=cfg, measured=measured)
 
 
 def _load(path: Path) -> Any:
@@ -294,25 +371,4 @@ def _state_dict(state: Any, path: Path) -> Source:
     elif origin == TIMM:
         what = "weights of timm's skresnext50_32x4d"
         cfg = {key: value for key, value in known_weights['sknet50.ra_in1k'].cfg.items() if key in PREPROCESSING}
-    return Source(what, path, partial(_fit, native_keys(clean_state_dict(state))), tag, cfg)
-
-
-def _fit(
-    state: Mapping[str, Tensor],
-    arch: str,
-    args: Mapping[str, Any] = MappingProxyType({}),
-) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
-    if is_folded(state):
-        raise ValueError('these are the weights of a folded (reparameterized) model: convert those it had before.')
-    args = dict(args)
-    stem, classifier = state.get('stem.conv.weight'), state.get('head.fc.weight')
-    if stem is not None and stem.ndim == 4 and stem.shape[1] != 3:
-        args = args | dict(in_chans=stem.shape[1])
-    classes = 0 if classifier is None or classifier.ndim == 0 else len(classifier)
-    expected = shapes(arch, len(state), num_classes=classes, **args)
-    state = counters(expected) | dict(state)
-    check_names(expected.keys(), state.keys(), 'tensor')
-    for key, shape in expected.items():
-        if state[key].shape != shape:
-            raise ValueError(f'{key} is of shape {tuple(state[key].shape)}, not {tuple(shape)}.')
-    return state, args
+    return Source(what, path, state, cfg=cfg, tag=tag)
