@@ -90,6 +90,7 @@ def folded(model: nn.Module) -> nn.Module:
     return model
 
 
+MEMORY_EFFICIENT = 'timm_sknet memory-efficient'  # differs from timm_sknet in training
 RESNEXT = {'sknet50': 'resnext50_32x4d', 'sknet101': 'resnext101_32x4d'}
 Contender = Callable[[], nn.Module]
 
@@ -102,6 +103,7 @@ def contenders(name: str) -> Dict[str, Contender]:
         found['timm SK'] = partial(timm_sk, name)
     else:
         found['without selection'] = partial(without_selection, name)
+    found[MEMORY_EFFICIENT] = partial(ours, name, memory_efficient=True)
     for package, peer in ('pytorchcv', pytorchcv_sk), ('holocron', pylocron_sk):
         if name == 'sknet50' and importlib.util.find_spec(package):
             found[package] = partial(peer, name)

@@ -2,13 +2,15 @@
 
     python benchmarks/memory.py --model sknet50 --batch 8 --out results.json
 
-"saved" is what autograd keeps from forward to backward, without parameters and images. "peak" is how far the resident
-memory of a process (on a GPU: the memory allocated) rises in its second step over that before the first.
+"saved" is what is left in memory between forward and backward, without parameters, images and output. "peak" is how
+far the resident memory of a process (on a GPU: the memory allocated) rises in its second step over that before the
+first.
 """
 
 import argparse
 import multiprocessing
 import re
+import weakref
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -16,24 +18,33 @@ import torch
 from contenders import contenders
 from measure import LAYOUTS, device, images, keep, markdown, options
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from timm_sknet.sknets import model_cfgs
 
 
+class Results(TorchDispatchMode):
+    """Follows the memory of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: List[weakref.ref] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.storages += [weakref.ref(t.untyped_storage()) for t in tensors]
+        return out
+
+
 def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    """Returns the size of the storages that a forward pass keeps for backward, without parameters, buffers and x."""
-    known = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
-    kept: Dict[int, torch.Tensor] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        kept[t.untyped_storage().data_ptr()] = t  # alive, so that no other storage gets its address
-        return t
-
-    with saved_tensors_hooks(pack, lambda t: t):
+    """Returns what a forward pass leaves for backward, without parameters, buffers, x and the output itself."""
+    with Results() as results:
         out = model(x)
-    del out
-    return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in known)
+    known = {id(t.untyped_storage()) for t in (x, out, *model.parameters(), *model.buffers())}
+    left = {id(storage): storage.nbytes() for storage in (ref() for ref in results.storages) if storage is not None}
+    return sum(size for storage, size in left.items() if storage not in known)
 
 
 def resident(what: str, reset: bool = False) -> int:

@@ -12,7 +12,7 @@ import tempfile
 from typing import Any, Callable, Dict, List, Tuple
 
 import torch
-from contenders import contenders, folded
+from contenders import MEMORY_EFFICIENT, contenders, folded
 from measure import device, images, interleaved, keep, markdown, options, quartiles, ratio
 from torch import nn
 
@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
         x = x.cpu()
     runs: Dict[str, Run] = {}
     for name, make in contenders(args.model).items():
-        if args.only and name not in args.only:
+        if (args.only and name not in args.only) or (name == MEMORY_EFFICIENT and args.case != 'train'):
             continue
         for suffix, run in runners(args.case, make, x).items():
             runs[name + suffix] = run
