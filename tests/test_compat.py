@@ -61,3 +61,42 @@ def test_that_releases_own_tests_on_two_models(python):
     out = python('-m', 'pytest', '-p', 'timm_suite', 'tests/test_models.py', '-k', names, cwd=CACHE / f'timm-{OLDEST}')
     # Of either model ten tests, and two of the pretrained weights of sknet12.
     assert re.search(r'= 22 passed, \d+ deselected', out), out[-2000:]
+
+
+def test_no_code_of_a_pickle_is_run(python, tmp_path):
+    script = """
+import json, os, pickle, sys, timm, torch
+class Runs:
+    def __reduce__(self):
+        return open, ('harm', 'w')
+for name in 'own.pth', 'folder/pytorch_model.bin':
+    os.makedirs('folder', exist_ok=True)
+    torch.save({**timm.create_model('sknet12').state_dict(), 'harm': Runs()}, name)
+with open('folder/config.json', 'w') as f:
+    json.dump(dict(architecture='sknet12', num_classes=10, pretrained_cfg={'num_classes': 10}), f)
+for name, overlay in ('sknet12', {'file': 'own.pth'}), ('local-dir:folder', None):
+    try:
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    except RuntimeError as e:
+        print(e)
+    assert not os.path.exists('harm')
+"""
+    refused = python('-c', script).splitlines()
+    assert [re.search('No weights from (.*): It is not a PyTorch checkpoint', line)[1] for line in refused] == [
+        'own.pth',
+        'folder/pytorch_model.bin',
+    ]
+
+
+def test_a_folder_loads(python):
+    """Of safetensors, which older releases of timm unpickle."""
+    script = """
+import timm, torch
+from timm.models import save_for_hf
+model = timm.create_model('sknet12', pretrained=True)
+save_for_hf(model, 'folder', safe_serialization='both')
+again = timm.create_model('local-dir:folder', pretrained=True)
+assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+assert again.pretrained_cfg['source'] == 'local-dir' and 'state_dict' not in again.pretrained_cfg
+"""
+    python('-c', script)

@@ -239,7 +239,9 @@ def test_weights_of_ones_own_that_do_not_fit_are_named(spoil, cause, tmp_path):
     spoil(state)
     save_file(state, tmp_path / 'own.safetensors')
     overlay = dict(file=str(tmp_path / 'own.safetensors'))
-    with pytest.raises(RuntimeError, match=f'No weights from {tmp_path}/own.safetensors: {cause}.*or choose another'):
+    with pytest.raises(
+        RuntimeError, match=f'No weights from {tmp_path}/own.safetensors: {cause}.*Choose weights of this network'
+    ):
         timm.create_model('sknet12', pretrained=True, pretrained_cfg_overlay=overlay)
 
 

@@ -103,7 +103,7 @@ class PretrainedWeights:
                 'The file is damaged on the Hub, or of another network: leave out arguments that change the network, '
                 'choose another revision, or tell the owner of the repository.'
             )
-        return 'It is damaged, or of another network: leave out arguments that change the network, or choose another.'
+        return 'Choose weights of this network, and leave out arguments that change it.'
 
     def _error(self, cause: BaseException, remedy: str) -> RuntimeError:
         reason = shorten(str(cause) or repr(cause), 400, placeholder=' …').rstrip('.')
@@ -126,7 +126,10 @@ def read(file: Path) -> Dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # in checkpoints of train.py
             found: Any = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as e:  # its text says how to run the code nevertheless
-        raise ValueError('It is not a PyTorch checkpoint, or it holds other things than weights') from e
+        raise ValueError(
+            'It is not a PyTorch checkpoint, or it holds more than weights, which is not unpickled; save weights alone '
+            'with torch.save(model.state_dict(), FILE)'
+        ) from e
     for key in 'state_dict_ema', 'model_ema', 'state_dict', 'model':
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]

@@ -243,6 +243,7 @@ class SelectiveKernelConv(nn.Module):
 
 def _watched(m: nn.Module) -> bool:
     """Whether calling the module does more than its class says."""
+    # torch has no public way to ask for hooks
     hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
     return bool(hooks) or 'forward' in vars(m)
 

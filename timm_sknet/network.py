@@ -329,6 +329,7 @@ class SKNet(nn.Module):
         self.head: ClassifierHead
         self.reset_classifier(num_classes, global_pool, **dd)
 
+        # torch has no public name for what all its batch norms are
         batch_norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for name, value in ('momentum', cfg.bn_momentum), ('eps', cfg.bn_eps):
             if value is not None and not batch_norms:

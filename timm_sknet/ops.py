@@ -83,6 +83,7 @@ def recompute_in_backward(U: List[Tensor], V: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():  # the compiler decides itself what to keep
         return V
+    # The names of saved tensors, `_saved_` and `_raw_saved_`, are those of PyTorch's notes on autograd.
     for u, (node, index, saved) in zip(U, _uses(V, len(U))):
         relu: Any = u.grad_fn
         if relu is not _input(node, ('LerpBackward1', 'AddcmulBackward0', 'MulBackward0'), index):
@@ -121,7 +122,7 @@ class _Output:
 
     def free(self, c: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor) -> None:
         self.inputs = c, mean, invstd, weight.detach(), bias.detach()
-        self.versions = weight._version, bias._version  # counted up by each change in place
+        self.versions = weight._version, bias._version  # which autograd compares too; there is no public name for it
         self.U = None
 
     def unpack(self, _: None) -> Tensor:
