@@ -221,7 +221,7 @@ from torch.nn.parallel import DistributedDataParallel
 distributed.init_process_group('gloo')
 rank = distributed.get_rank()
 torch.manual_seed(rank)  # DDP gives every process the weights of the first
-model = timm.create_model('sknet12', num_classes=2)
+model = timm.create_model('sknet12', num_classes=2, memory_efficient=sys.argv[1] == 'True')
 parallel = DistributedDataParallel(model)
 x, y = (t.chunk(2)[rank] for t in torch.load('batch.pt', weights_only=True))
 
@@ -239,11 +239,14 @@ distributed.destroy_process_group()
 """
 
 
-def test_torchrun_gives_two_processes_the_gradients_of_one(two_classes, tmp_path):
+@pytest.mark.parametrize('memory_efficient', [False, True])
+def test_torchrun_gives_two_processes_the_gradients_of_one(two_classes, tmp_path, memory_efficient):
     torch.save(two_classes, tmp_path / 'batch.pt')
     (tmp_path / 'train.py').write_text(TRAIN)
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    run = subprocess.run([*torchrun, 'train.py'], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [*torchrun, 'train.py', str(memory_efficient)], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stderr[-5000:]
     first, second = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2))
 

@@ -148,6 +148,8 @@ def test_weights_of_a_folded_model_go_nowhere_else(tmp_path, capsys):
     for target, state in (model, folded.state_dict()), (folded, model.state_dict()):
         with pytest.raises(RuntimeError, match='not both folded'):
             target.load_state_dict(state)
+        with pytest.raises(RuntimeError, match='not both folded'):
+            nn.Sequential(target).load_state_dict({f'0.{key}': value for key, value in state.items()})
     reparameterize_model(trained('sknet12')).load_state_dict(folded.state_dict())
     timm.models.save_for_hf(folded, tmp_path / 'hf', safe_serialization=True)
     with pytest.raises(RuntimeError, match='those of a folded'):

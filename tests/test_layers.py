@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.layers import SelectiveKernel
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from timm_sknet import SelectiveKernelAttn, SelectiveKernelConv
 from timm_sknet.ops import fuse, select
@@ -260,6 +261,49 @@ def test_script_trace_and_export_agree_with_eager(branches):
     for name, form in forms.items():
         torch.testing.assert_close(form(x), expected, msg=name)
         assert form(x[:1]).shape == (1, 16, 8, 8), name
+
+
+def training_layer(M):
+    return randomize(SelectiveKernelConv(8, branches=[[3, 1, 4], [3, 2, 4], [1, 1, 1]][:M], L=4)).double()
+
+
+@pytest.mark.parametrize('M', [2, 3])
+def test_training_is_ordinary_autograd(M):
+    """First and second derivatives, backward and forward, and under torch.func, are those of finite differences."""
+    layer = training_layer(M)
+    x = torch.randn(2, 8, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    parameters = tuple(layer.parameters())
+    assert torch.autograd.gradcheck(lambda x, *parameters: layer(x), (x, *parameters), atol=1e-4)
+    assert torch.autograd.gradcheck(layer, (x,), check_forward_ad=True, atol=1e-4)
+    assert torch.autograd.gradgradcheck(layer, (x,), atol=1e-4)
+
+    def loss(weights):
+        buffers = {name: b.clone() for name, b in layer.named_buffers()}
+        return torch.func.functional_call(layer, (weights, buffers), (x.detach(),)).square().sum()
+
+    found = torch.func.grad(loss)({name: p.detach() for name, p in layer.named_parameters()})
+    layer(x).square().sum().backward()
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_training_is_traced_and_may_change_what_autograd_saved():
+    layer = training_layer(2)
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    weights = dict(layer.named_parameters())
+
+    def gradients(x):
+        return torch.autograd.grad(layer(x).square().sum(), list(weights.values()))
+
+    expected = gradients(x)
+    traced = make_fx(gradients)(x)
+    torch.testing.assert_close(traced(x), expected)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        V = layer(x)
+        loss = V.square().sum()
+        with torch.no_grad():
+            V.zero_()
+        torch.testing.assert_close(torch.autograd.grad(loss, list(weights.values())), expected)
 
 
 @pytest.mark.slow
