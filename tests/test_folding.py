@@ -150,7 +150,9 @@ def test_weights_of_a_folded_model_go_nowhere_else(tmp_path, capsys):
             target.load_state_dict(state)
         with pytest.raises(RuntimeError, match='not both folded'):
             nn.Sequential(target).load_state_dict({f'0.{key}': value for key, value in state.items()})
-    reparameterize_model(trained('sknet12')).load_state_dict(folded.state_dict())
+    again = reparameterize_model(trained('sknet12'))
+    again.load_state_dict(folded.state_dict())
+    again.load_state_dict({'stem.conv.weight': folded.stem.conv.weight}, strict=False)
     timm.models.save_for_hf(folded, tmp_path / 'hf', safe_serialization=True)
     with pytest.raises(RuntimeError, match='those of a folded'):
         timm.create_model(f'local-dir:{tmp_path / "hf"}', pretrained=True)

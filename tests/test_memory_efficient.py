@@ -315,7 +315,47 @@ def changed_by_hook(layer, where, change):
     module.register_forward_hook(lambda module, args, out: change(out))
 
 
+@torch.no_grad()
+def quantise(x):
+    x.copy_((x * 4).round() / 4)
+
+
+def quantised(layer, name, before=False):
+    """Rounds what a module of the first branch gives or gets, in place and with the gradient of the identity."""
+    module = layer.branches[0].bn.get_submodule(name)
+    if before:
+        module.register_forward_pre_hook(lambda module, args: quantise(args[0]))
+    else:
+        module.register_forward_hook(lambda module, args, out: quantise(out))
+
+
+def checkpointed(layer, module):
+    forward = module.forward
+    module.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
+
+
+def offloaded(layer, module):
+    forward = module.forward
+
+    def run(x):
+        with save_on_cpu():
+            return forward(x)
+
+    module.forward = run
+
+
 CHANGES = {
+    'quantiser behind the norm': lambda layer: quantised(layer, 'drop'),
+    'quantiser before the ReLU': lambda layer: quantised(layer, 'act', before=True),
+    'quantiser before a ReLU with a copy': lambda layer: (
+        setattr(layer.branches[0].bn, 'act', nn.ReLU()),
+        quantised(layer, 'drop'),
+    ),
+    'checkpointed branch': lambda layer: checkpointed(layer, layer.branches[0]),
+    'checkpointed norm': lambda layer: checkpointed(layer, layer.branches[1].bn),
+    'offloaded branch': lambda layer: offloaded(layer, layer.branches[1]),
+    'offloaded norm': lambda layer: offloaded(layer, layer.branches[0].bn),
+    'offloaded ReLU': lambda layer: offloaded(layer, layer.branches[0].bn.act),
     'hook on a branch': lambda layer: changed_by_hook(layer, 'branch', lambda out: 0.5 * out),
     'hook on a norm': lambda layer: changed_by_hook(layer, 'bn', lambda out: 0.5 * out),
     'hook on a convolution': lambda layer: changed_by_hook(layer, 'conv', lambda out: 0.5 * out),
@@ -386,14 +426,16 @@ def test_a_change_in_place_that_autograd_refuses_is_refused(in_graph):
             V.sum().backward()
 
 
-def test_a_norm_that_was_changed_before_backward_is_named():
+@pytest.mark.parametrize('what', ['weight', 'bias', 'map'])
+def test_what_backward_needs_may_not_be_changed_before(what):
     layer, _ = pair()
-    layer.branches[0].bn.weight.requires_grad_(True)
+    maps = []
+    layer.branches[1].conv.register_forward_hook(lambda module, args, out: maps.append(out))
     V = layer(images(3, 16, 5, 5))
     with torch.no_grad():
-        layer.branches[1].bn.bias.add_(1)
-    with pytest.raises(RuntimeError, match='bias of a batch norm was changed .* memory_efficient=False'):
-        V.sum().backward()
+        (maps[0] if what == 'map' else getattr(layer.branches[1].bn, what)).add_(1)
+    with pytest.raises(RuntimeError, match='was changed in place between .* memory_efficient=False'):
+        V.sum().backward(inputs=[layer.attn.fc2.weight])
 
 
 def test_bfloat16_parameters_are_left_to_autograd():

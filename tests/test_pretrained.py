@@ -15,9 +15,13 @@ import torch
 from conftest import TIMM_REPO
 from hub import hub
 from safetensors.torch import load_file, save_file
+from timm.models import PretrainedCfg
 from timm.utils import reparameterize_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from timm_sknet.download import PretrainedWeights
 from timm_sknet.network import native_keys
 from timm_sknet.sknets import default_cfgs
 
@@ -245,14 +249,42 @@ def test_weights_of_ones_own_that_do_not_fit_are_named(spoil, cause, tmp_path):
         timm.create_model('sknet12', pretrained=True, pretrained_cfg_overlay=overlay)
 
 
-@pytest.mark.parametrize('path', ['missing.pth', 'text.pth', 'empty', 'damaged.safetensors'])
-def test_what_holds_no_weights_is_named(path, tmp_path):
+@pytest.mark.parametrize(
+    ('path', 'reason'),
+    [
+        ('missing.pth', 'There is no such file. Check the path'),
+        ('empty', 'There is no file of weights in this folder. Check the path'),
+        ('text.pth', r'It is not a PyTorch checkpoint.*torch.save\(model.state_dict\(\), FILE\). Choose weights of'),
+        ('nothing.pth', 'It is not a PyTorch checkpoint.*Choose weights of'),
+        ('damaged.safetensors', '.*header.*Choose weights of'),
+    ],
+)
+def test_what_holds_no_weights_is_named(path, reason, tmp_path):
     (tmp_path / 'text.pth').write_text('hello')
+    (tmp_path / 'nothing.pth').write_bytes(b'')
     (tmp_path / 'damaged.safetensors').write_bytes(b'\x10' + bytes(7) + b'{' * 10)
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(RuntimeError, match=f'No weights from {tmp_path}/{path}: '):
+    with pytest.raises(RuntimeError, match=f'No weights from {tmp_path}/{path}: {reason}'):
         overlay = dict(file=str(tmp_path / path))
         timm.create_model('sknet12', pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_checking_weights_takes_no_memory(tmp_path):
+    state = timm.create_model('sknet12').state_dict()
+    weights = PretrainedWeights(PretrainedCfg(state_dict=dict(state), num_classes=10))
+    model, sizes = timm.create_model('sknet12'), []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            known = {t.untyped_storage().data_ptr() for t in (*state.values(), *model.parameters(), *model.buffers())}
+            tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            sizes.extend(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in known)
+            return out
+
+    with Sizes():
+        weights.fit(model, 10)
+    assert sizes and max(sizes) <= 16
 
 
 def test_the_authors_file_is_where_the_error_points():

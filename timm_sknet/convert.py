@@ -172,11 +172,9 @@ def _read_names(path: Path) -> List[str]:
 
 def _class_names(given: Any, classes: int) -> Optional[List[str]]:
     """Returns the names that a source gives its classes; None if it gives none, or those of another classifier."""
-    if not (given and classes):
+    if not (given and classes) or (isinstance(given, (dict, list, tuple)) and len(given) != classes):
         return None
-    number = len(given) if isinstance(given, (dict, list, tuple)) else classes
-    names = ordered_names(given, number)
-    return names if number == classes else None
+    return ordered_names(given, classes)
 
 
 def _fit(weights: Source, arch: str) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:

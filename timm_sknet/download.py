@@ -7,7 +7,6 @@ loads what fits in silence where the classifier is replaced, and in older releas
 import argparse
 import hashlib
 import os
-import pickle
 import re
 import zipfile
 from contextlib import suppress
@@ -125,7 +124,7 @@ def read(file: Path) -> Dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # in checkpoints of train.py
             found: Any = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as e:  # its text says how to run the code nevertheless
+    except Exception as e:  # torch raises whatever it meets; the text of some errors says how to run the code
         raise ValueError(
             'It is not a PyTorch checkpoint, or it holds more than weights, which is not unpickled; save weights alone '
             'with torch.save(model.state_dict(), FILE)'
@@ -158,14 +157,16 @@ def _check(state: Mapping[str, Tensor], model: nn.Module, replaced: bool, strict
         raise RuntimeError(
             f'size mismatch for {key}: {tuple(state[key].shape)} in the weights, {tuple(own[key].shape)} in the model'
         )
-    # The sum is finite where all values are, and costs a fifth of isfinite().all().
-    sums = {key: value.sum(dtype=torch.float64) for key, value in state.items() if value.is_floating_point()}
-    _refuse('NaN or infinity in', [key for key, value in sums.items() if not value.isfinite()])
+    floats = {key: value for key, value in state.items() if value.is_floating_point() and value.numel()}
+    # the least and the largest value are finite where all are, which takes no memory
+    broken = [key for key, value in floats.items() if not torch.stack(value.aminmax()).isfinite().all()]
+    _refuse('NaN or infinity in', broken)
 
 
 def _refuse(what: str, keys: Sequence[str]) -> None:
     if keys:
-        raise RuntimeError(f'{what} the weights: {", ".join(keys[:5])}{", ..." * (len(keys) > 5)}')
+        more = f' and {len(keys) - 5} more' if len(keys) > 5 else ''
+        raise RuntimeError(f'{what} the weights: {", ".join(keys[:5])}{more}')
 
 
 def _same_shape(key: str, own: Tensor, found: Tensor) -> bool:
@@ -176,8 +177,10 @@ def _same_shape(key: str, own: Tensor, found: Tensor) -> bool:
 
 def _find(path: Path) -> Path:
     """Returns the file itself, or the one with the weights in a folder, as timm finds it."""
-    if not path.is_dir():
+    if path.is_file():
         return path
+    if not path.is_dir():
+        raise FileNotFoundError('There is no such file')
     named = [path / name for name in _NAMES if (path / name).exists()]
     others = [file for ending in _ENDINGS for file in sorted(path.glob(f'*{ending}'))]
     if not named + others:

@@ -165,8 +165,8 @@ class SelectiveKernelConv(nn.Module):
         attn_channels: The attention width d itself, in place of r and L.
         act_layer: Activation of branches and attention, class or name.
         norm_layer: Normalisation of branches and attention, class or name.
-        memory_efficient: In training, keep one map of each branch for backward where autograd alone keeps two, and
-            compute the other again; see `timm_sknet.ops.recompute_in_backward`. Off by default, as it takes time.
+        memory_efficient: In training, save one map of each branch for backward where autograd alone saves two, and
+            compute the other one again; see `timm_sknet.ops.recompute_in_backward`.
 
     Raises:
         ValueError: For branches, stride or widths that no such layer can have.

@@ -519,7 +519,8 @@ def native_keys(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 def _accept_foreign_keys(model: nn.Module, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
     """Renames the keys under the prefix of a model that loads them; timm filters those of pretrained weights only."""
     own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-    if any('.conv.' in key for key in own) and is_folded(own) != is_folded(model.state_dict()):
+    folded, normalised = is_folded(own), any('.bn.' in key for key in own)
+    if folded != is_folded(model.state_dict()) and (folded or normalised):  # else it is a part that shows neither
         raise RuntimeError(
             'The weights and the model are not both folded (reparameterized): load the weights that a model had '
             'before it was folded into one that is not, and fold it then.'

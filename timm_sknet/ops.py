@@ -70,9 +70,10 @@ def recompute_in_backward(U: List[Tensor], V: Tensor) -> Tensor:
     For each branch autograd saves the convolution's map (for the batch norm) and U_i (for the ReLU and for `select`).
     This keeps the map alone: backward computes U_i from it, once for both uses. Derivatives of any order stay the same.
 
-    Only a U_i that the autograd graph shows to be ReLU(batch norm(map)), normalised over the batch with trainable scale
-    and shift, is computed again. Anything else (another activation, a value that a hook or a function mode changed) is
-    kept. Where saved-tensor hooks of others are active, such as those of checkpointing, they decide what is kept.
+    Only a U_i that autograd shows to be ReLU(batch norm(map)) is computed again: with the ReLU in place, normalised
+    over the batch, with trainable scale and shift. Anything else (another activation, a value that a hook or a function
+    mode changed) is kept. What autograd does not see, a change through `.data` or by a `TorchDispatchMode`, is not seen
+    here either. Where saved-tensor hooks of others are active, as in checkpointing, they decide what is kept.
 
     Args:
         U: The M >= 2 branch outputs, each (B, C, H, W).
@@ -93,17 +94,15 @@ def recompute_in_backward(U: List[Tensor], V: Tensor) -> Tensor:
         # statistics in 16 bits, which go with parameters in 16 bits, would not give the same U_i again
         if any(p is None or p.itemsize < 4 for p in affine) or not norm._saved_training:
             continue
+        if u._version != 1:  # each change in place counts, and the ReLU must be the only one
+            continue
         output = _Output()
         try:
+            relu._raw_saved_result.register_hooks(output.pack, output.unpack)
             getattr(node, saved).register_hooks(output.pack, output.unpack)
-        except RuntimeError:  # it has hooks already
-            return V
-        try:
-            _, c, mean, invstd = relu._saved_result, norm._saved_input, norm._saved_result1, norm._saved_result2
-        except RuntimeError:  # U_i or the map was changed in place since
-            continue
-        relu._raw_saved_result.register_hooks(output.pack, output.unpack)
-        output.free(c.detach(), mean, invstd, *affine)
+            output.free(norm._saved_input, norm._saved_result1, norm._saved_result2, *affine)
+        except RuntimeError:  # other hooks are there, or the map was changed in place
+            pass  # where the hooks are ours, they keep U_i itself
     return V
 
 
@@ -115,14 +114,14 @@ class _Output:
 
     def __init__(self) -> None:
         self.U: Optional[Tensor] = None
-        self.inputs: Tuple[Tensor, ...] = ()
+        self.inputs: List[Tensor] = []
 
     def pack(self, U: Tensor) -> None:
-        self.U = U
+        self.U = U.detach()
 
-    def free(self, c: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor) -> None:
-        self.inputs = c, mean, invstd, weight.detach(), bias.detach()
-        self.versions = weight._version, bias._version  # which autograd compares too; there is no public name for it
+    def free(self, *inputs: Tensor) -> None:
+        self.inputs = [t.detach() for t in inputs]
+        self.versions = [t._version for t in inputs]  # there is no public name for it
         self.U = None
 
     def unpack(self, _: None) -> Tensor:
@@ -131,12 +130,12 @@ class _Output:
             return self.U
         U, self.U = self.U, None  # the second use takes what the first one has computed
         if U is None:
-            c, mean, invstd, weight, bias = self.inputs
-            if self.versions != (weight._version, bias._version):
+            if self.versions != [t._version for t in self.inputs]:
                 raise RuntimeError(
-                    'The weight or bias of a batch norm was changed in place between forward and backward. Change it '
-                    'after backward, or set memory_efficient=False.'
+                    'The weight or bias of a batch norm, or its input, was changed in place between forward and '
+                    'backward. Change it after backward, or set memory_efficient=False.'
                 )
+            c, mean, invstd, weight, bias = self.inputs
             with torch.no_grad():
                 U = self.U = torch.nn.functional.batch_norm(c, mean, invstd.pow(-2), weight, bias, eps=0.0).relu_()
         return U

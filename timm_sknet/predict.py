@@ -102,7 +102,7 @@ def label_names(value: Any, num_classes: int) -> List[str]:
             names = None
     if isinstance(names, (list, tuple)) and len(names) == num_classes and all(isinstance(name, str) for name in names):
         return list(names)
-    number = f'{len(value)} in ' if isinstance(value, (list, tuple, dict)) else ''
+    number = f'{len(value)}: ' if isinstance(value, (list, tuple, dict)) else ''
     raise ValueError(
         f'label_names must be a list of {num_classes} texts, or a mapping from the indices 0 to {num_classes - 1} to '
         f'texts, got {number}{reprlib.repr(value)}.'
