@@ -23,7 +23,7 @@ def run(program, *args):
 @pytest.mark.parametrize('case', ['eval', 'train'])
 def test_speed_compares_outputs_and_keeps_a_row_for_each_network(tmp_path, case):
     out = tmp_path / 'rows.json'
-    shown = run('speed.py', '--size', 64, '--batch', 2, '--rounds', 2, '--warmup', 1, '--case', case, '--out', out)
+    shown = run('speed.py', '--size', 64, '--batch', 2, '--rounds', 3, '--warmup', 1, '--case', case, '--out', out)
     rows = {row['contender']: row for row in json.loads(out.read_text())}
     suffixes = ('', ' checkpointed') if case == 'train' else ('', ' folded')
     for name in 'timm_sknet', 'attention-free', 'timm ResNeXt', 'timm SK':
@@ -31,7 +31,7 @@ def test_speed_compares_outputs_and_keeps_a_row_for_each_network(tmp_path, case)
             assert rows[name + suffix]['least'] > 0 and f'| {name}{suffix} |' in shown
     assert ('timm_sknet memory-efficient' in rows) == (case == 'train')
     there, back = rows['timm_sknet']['speed over'], rows['timm SK']['speed over']
-    assert 0.5 < there['timm SK'] * back['timm_sknet'] < 2
+    assert there['timm SK'] * back['timm_sknet'] == pytest.approx(1)  # medians over an odd number of rounds
 
 
 @pytest.mark.slow
