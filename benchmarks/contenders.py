@@ -13,7 +13,8 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from timm_sknet import SelectiveKernelConv
-from timm_sknet.network import Bottleneck, native_keys
+from timm_sknet.keys import native_keys
+from timm_sknet.network import Bottleneck
 from timm_sknet.sknets import model_cfgs
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from timm_sknet.attention import replacing
+from timm_sknet.attention.scale import replacing
 
 LAYOUTS = {'channels_last': torch.channels_last, 'NCHW': torch.contiguous_format}
 Times = Dict[str, List[float]]

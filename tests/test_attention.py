@@ -19,8 +19,8 @@ from torch._dynamo.testing import CompileCounter
 
 from timm_sknet import SelectiveKernelConv, attention
 from timm_sknet.attention import EnlargedImages, record, scale_experiment, table
+from timm_sknet.attention.figures import draw_classes
 from timm_sknet.cli import main
-from timm_sknet.figures import draw_classes
 
 M2 = [[3, 1, 4], [3, 2, 4]]
 
@@ -623,6 +623,6 @@ def test_a_model_without_units_cannot_be_drawn(folder, tmp_path, capsys, monkeyp
 
 def test_without_matplotlib_the_remedy_is_named(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'matplotlib', None)
-    monkeypatch.delitem(__import__('sys').modules, 'timm_sknet.figures')
+    monkeypatch.delitem(__import__('sys').modules, 'timm_sknet.attention.figures')
     code, _, err = run(capsys, folder, '--out', tmp_path / 'figure.png')
     assert code == 2 and "pip install 'timm-sknet[plot]'" in err

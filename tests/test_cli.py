@@ -16,6 +16,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import load_model_config_from_hf  # noqa: F401  timm's Hub code is loaded before it is set offline
 
 import timm_sknet
+from timm_sknet import images as image_files
 from timm_sknet import predict
 from timm_sknet.cli import main
 from timm_sknet.table import model_table
@@ -77,7 +78,7 @@ def test_without_arguments_the_embedded_model_classifies_the_photographs(capsys)
 
 def test_every_photograph_is_small_and_has_its_source_beside_it():
     readme = (predict.PHOTOS / 'README.md').read_text()
-    photos = predict.find_images(predict.PHOTOS)
+    photos = image_files.find_images(predict.PHOTOS)
     assert [p.name for p in photos] == sorted(ANSWERS)
     for photo in photos:
         assert photo.stat().st_size < 60_000
@@ -154,7 +155,7 @@ def test_images_reach_a_model_on_a_cpu_in_channels_last(name):
     model = timm.create_model(name, num_classes=3).eval()
     config = resolve_data_config({'input_size': (3, 32, 32)}, model=model)
     model.pretrained_cfg |= {key: config[key] for key in ('input_size', 'mean', 'std', 'crop_pct')}
-    files = predict.find_images(predict.PHOTOS)
+    files = image_files.find_images(predict.PHOTOS)
     images = torch.stack([create_transform(**config)(Image.open(file)) for file in files])
     with torch.no_grad():
         expected = model(images).softmax(-1)

@@ -25,7 +25,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from timm.utils import CheckpointSaver, ModelEmaV3
 
-from timm_sknet import sources
+from timm_sknet.checkpoints import reading
 from timm_sknet.cli import main
 from timm_sknet.network import SKNet, SKNetCfg
 from timm_sknet.sknets import model_cfgs
@@ -410,7 +410,7 @@ def test_what_are_no_names_of_classes_is_refused_unless_others_are_given(named, 
 
 def test_every_argument_of_the_network_is_kept_or_left_out_on_purpose():
     arguments = inspect.signature(SKNet).parameters.keys() - {'cfg', 'device', 'dtype', 'overrides'}
-    assert arguments <= sources.MODEL_ARGS | sources.TRAINING_ARGS
+    assert arguments <= reading.MODEL_ARGS | reading.TRAINING_ARGS
 
 
 # What the folder is
@@ -726,7 +726,7 @@ def test_a_full_disk_gets_one_line_and_leaves_nothing(checkpoint, tmp_path):
 def test_a_stopped_conversion_leaves_nothing(checkpoint, tmp_path):
     script = (
         'import os, signal, sys\n'
-        'from timm_sknet import convert\n'
+        'from timm_sknet.checkpoints import convert\n'
         'from timm_sknet.cli import main\n'
         'convert.load = lambda folder: os.kill(os.getpid(), signal.SIGTERM)\n'
         "sys.exit(main(['convert', *sys.argv[1:], '--arch', 'sknet12']))\n"
@@ -738,7 +738,7 @@ def test_a_stopped_conversion_leaves_nothing(checkpoint, tmp_path):
 
 MEMORY = (
     'import os, re, sys, timm, torch\n'
-    'import timm_sknet.convert\n'
+    'import timm_sknet.checkpoints.convert\n'
     'from timm_sknet.cli import main\n'
     "timm.create_model('sknet12').eval()(torch.zeros(1, 3, 32, 32))\n"  # what torch takes for itself
     # of this process alone: the ru_maxrss of a new process starts at that of its parent

@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from timm_sknet import convert, sources
+from timm_sknet.checkpoints import convert, reading
 from timm_sknet.network import SKNetCfg
 from timm_sknet.sknets import model_cfgs
 
@@ -61,7 +61,7 @@ def tiny(tmp_path_factory):
     """Leaves two models, tiny ones, builds each form of them once, and works in an empty folder."""
     variant = dict(depths=(1, 1), mid_widths=(32, 32), widths=(128, 128), strides=(1, 2))
     cfgs = [SKNetCfg(**SIZES, strides=(1, 2), stem=(8, 7, 2)), model_cfgs['sk_resnet50'].override(**variant)]
-    built = sources.shapes
+    built = reading.shapes
     known = {}
 
     def shapes(arch, most=math.inf, /, **args):
@@ -72,8 +72,8 @@ def tiny(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp('fuzz'))
-        patch.setattr(sources, 'shapes', shapes)
-        patch.setattr(sources, 'hf_hub_download', mock.Mock(side_effect=OSError('no network')))
+        patch.setattr(reading, 'shapes', shapes)
+        patch.setattr(reading, 'hf_hub_download', mock.Mock(side_effect=OSError('no network')))
         with mock.patch.dict(model_cfgs, zip(MODELS, cfgs), clear=True):
             yield
 
@@ -124,7 +124,7 @@ def try_to_read(content: bytes, arch: str, whole: bool, source: str = str(FILE))
                 assert os.listdir() == before
     with bounded():
         try:
-            weights = sources.read(source, arch)
+            weights = reading.read(source, arch)
             state, args = convert._fit(weights, arch)
             state = convert._checked(state, torch.float32)
         except (ValueError, OSError) as e:
@@ -648,7 +648,7 @@ def test_safetensors(content, arch, whole):
 
 # The Hub, and noise
 
-CFG = [*timm.models.PretrainedCfg.__dataclass_fields__, *sources.PREPROCESSING, *['input_size', 'label_names'] * 3]
+CFG = [*timm.models.PretrainedCfg.__dataclass_fields__, *reading.PREPROCESSING, *['input_size', 'label_names'] * 3]
 CONFIG = dict(architecture='x', model_args={}, pretrained_cfg=dict(tag='x', mean=[0.5] * 3, input_size=[3, 32, 32]))
 
 
@@ -670,7 +670,7 @@ def test_repositories(data):
     Path('config.json').write_bytes(draw(damage(text)) if where == 'text' else text)
     content = safetensors() if draw(st.integers(0, 4)) else draw(mutated_safetensors())
     files = {'model.safetensors': FILE, 'config.json': 'config.json'}
-    with mock.patch.object(sources, 'hf_hub_download', lambda repo, name, **_: str(files[name])):
+    with mock.patch.object(reading, 'hf_hub_download', lambda repo, name, **_: str(files[name])):
         try_to_read(content, MODELS[0], draw(st.booleans()), source='org/name@main')
 
 

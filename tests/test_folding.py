@@ -9,7 +9,8 @@ from torch import nn
 
 from timm_sknet import SelectiveKernelConv
 from timm_sknet.cli import main
-from timm_sknet.layers import ConvNormAct, Folded, SelectiveKernelAttn
+from timm_sknet.folding import Folded
+from timm_sknet.layers import ConvNormAct, SelectiveKernelAttn
 from timm_sknet.sknets import model_cfgs
 
 VARIANTS = {

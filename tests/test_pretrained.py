@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from timm_sknet.download import PretrainedWeights
-from timm_sknet.network import native_keys
+from timm_sknet.keys import native_keys
+from timm_sknet.loading import PretrainedWeights
 from timm_sknet.sknets import default_cfgs
 
 

@@ -187,7 +187,8 @@ def _refuse(error: BaseException) -> int:
 def _predict(args: argparse.Namespace) -> int:
     from huggingface_hub.utils import tqdm
 
-    from timm_sknet.predict import BATCH_SIZE, PHOTOS, classify, find_images, load_model
+    from timm_sknet.images import find_images
+    from timm_sknet.predict import BATCH_SIZE, PHOTOS, classify, load_model
 
     files, done, failed = [], 0, 0
     for path in args.paths or [PHOTOS]:
@@ -236,11 +237,12 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _attention(args: argparse.Namespace) -> int:
     try:
-        from timm_sknet.figures import FORMATS, MOST_IMAGES, draw_classes, draw_images
+        from timm_sknet.attention.figures import FORMATS, MOST_IMAGES, draw_classes, draw_images
     except ImportError:
         return _refuse(ImportError("Figures need matplotlib: pip install 'timm-sknet[plot]'."))
     from timm_sknet.attention import find_units, scale_experiment, table, typical_units, write_csv
-    from timm_sknet.predict import find_images, load_model, read_image
+    from timm_sknet.images import find_images, read_image
+    from timm_sknet.predict import load_model
 
     failed = []
 
@@ -321,7 +323,7 @@ def _recipe(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from safetensors import SafetensorError
 
-    from timm_sknet.convert import convert
+    from timm_sknet.checkpoints.convert import convert
 
     try:
         convert(
@@ -343,7 +345,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from timm_sknet.push import push
+    from timm_sknet.checkpoints.push import push
 
     try:
         name = push(args.folder, args.repo, private=args.private, revision=args.revision)

@@ -6,11 +6,11 @@ from typing import Optional, Sequence, Tuple
 
 import timm.layers
 import torch
-from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct, get_norm_act_layer
+from timm.layers import get_norm_act_layer
 from timm.layers.typing import LayerType
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from timm_sknet.folding import Folded, fold, watched
 from timm_sknet.ops import fuse, recompute_in_backward, select
 
 Branch = Tuple[int, int, int]  # kernel size k, dilation D, groups G; G = 0 is depthwise
@@ -31,48 +31,6 @@ def _check_batch(s: Tensor) -> None:
             'of 1: use a larger batch (drop_last=True in the loader), call eval(), freeze the batch norm layers, or '
             "choose a norm_layer that does not need the batch, such as 'layernorm2d'."
         )
-
-
-class Folded(nn.Module):
-    """What is left of a batch norm that was folded into the convolution before it: its activation."""
-
-    def __init__(self, act: nn.Module):
-        super().__init__()
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            raise RuntimeError('A folded (reparameterized) model is for inference: call eval(), or train the original.')
-        return self.act(x)
-
-
-def fold(conv: nn.Module, norm: nn.Module) -> Tuple[nn.Module, nn.Module]:
-    """Folds a batch norm, with its running statistics, into the convolution before it.
-
-    Args:
-        conv: Left as it is, as it may be shared.
-        norm: One of timm's layers of norm and activation.
-
-    Returns:
-        What to put in the places of both: a convolution of the two, and the activation. Where they are not what a
-        network is built with, but changed, watched or replaced, they come back themselves.
-    """
-    if type(conv) is not nn.Conv2d or type(norm) not in BATCH_NORMS or norm.running_var is None:
-        return conv, norm
-    if any(_watched(m) for m in (conv, norm, norm.drop)):
-        return conv, norm
-    folded, norm = copy.deepcopy(conv), copy.deepcopy(norm).double()
-    bias = None if conv.bias is None else conv.bias.double()
-    fused = fuse_conv_bn_weights(
-        conv.weight.double(), bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
-    for name, value in zip(('weight', 'bias'), fused):
-        trainable = conv.weight.requires_grad
-        setattr(folded, name, nn.Parameter(value.detach().to(conv.weight), requires_grad=trainable))
-    return folded, Folded(norm.act).train(conv.training)
-
-
-BATCH_NORMS = BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d
 
 
 class ConvNormAct(timm.layers.ConvNormAct):
@@ -124,7 +82,7 @@ class SelectiveKernelAttn(nn.Module):
         self.fc1, self.bn = fold(self.fc1, self.bn)
         fc2 = self.fc2
         one_logit = self.M == 2 and isinstance(self.bn, Folded) and self.signs is None
-        if one_logit and type(fc2) is nn.Conv2d and fc2.bias is None and not _watched(fc2):
+        if one_logit and type(fc2) is nn.Conv2d and fc2.bias is None and not watched(fc2):
             first, second = fc2.weight.detach().chunk(2)
             self.fc2 = copy.deepcopy(fc2)
             self.fc2.weight = nn.Parameter(first - second, requires_grad=fc2.weight.requires_grad)
@@ -239,13 +197,6 @@ class SelectiveKernelConv(nn.Module):
             if self.memory_efficient:
                 return recompute_in_backward(U, V)
         return V
-
-
-def _watched(m: nn.Module) -> bool:
-    """Whether calling the module does more than its class says."""
-    # torch has no public way to ask for hooks
-    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    return bool(hooks) or 'forward' in vars(m)
 
 
 def check_branches(branches: Sequence[Branch], in_channels: int, out_channels: int) -> Tuple[Branch, ...]:

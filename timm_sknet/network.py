@@ -1,18 +1,15 @@
 """One network for every family of SKNets: stem -> stages of units -> head (paper, tables 1, 4 and 6)."""
 
 import math
-import re
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import (
     Any,
     Callable,
     Dict,
-    Iterable,
     Iterator,
     List,
     Literal,
-    Mapping,
     NamedTuple,
     Optional,
     Sequence,
@@ -32,6 +29,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices  # timm has no public name for it
 from torch import Tensor, nn
 
+from timm_sknet.keys import accept_foreign_keys
 from timm_sknet.layers import (
     PAPER_BRANCHES,
     Branch,
@@ -337,7 +335,7 @@ class SKNet(nn.Module):
             for m in batch_norms if value is not None else ():
                 setattr(m, name, value)
         self._init_weights(cfg.init, zero_init_last)
-        self.register_load_state_dict_pre_hook(_accept_foreign_keys)
+        self.register_load_state_dict_pre_hook(accept_foreign_keys)
 
     @torch.jit.ignore
     def _init_weights(self, init: Literal['fan_in', 'fan_out'], zero_init_last: bool = False) -> None:
@@ -466,80 +464,6 @@ class SKNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.forward_features(x)
         return self.forward_head(x)
-
-
-# Networks that are ours under other names: a part of a key that gives them away, and what their keys become.
-TIMM = '.conv2.paths.'  # timm's skresnext50_32x4d
-PYTORCH_VARIANT = '.conv2g.'  # the authors' sk_resnet50 and sk_resnet101, a grouped convolution beside each dense one
-FOREIGN_KEYS: Dict[str, Sequence[Tuple[str, Union[str, Callable[[re.Match], str]]]]] = {
-    TIMM: (
-        (r'^conv1\.', 'stem.conv.'),
-        (r'^bn1\.', 'stem.bn.'),
-        (r'^fc\.', 'head.fc.'),
-        (r'^layer(\d)', lambda m: f'stages.{int(m[1]) - 1}'),
-        (r'\.conv2\.paths', '.sk.branches'),
-        (r'\.conv2\.attn\.bn', '.sk.attn.bn'),
-        (r'\.conv2\.attn\.fc_reduce', '.sk.attn.fc1'),
-        (r'\.conv2\.attn\.fc_select', '.sk.attn.fc2'),
-        (r'\.downsample\.0', '.shortcut.conv'),
-        (r'\.downsample\.1', '.shortcut.bn'),
-    ),
-    PYTORCH_VARIANT: (
-        (r'^conv1\.', 'stem.conv.'),
-        (r'^bn1\.', 'stem.bn.'),
-        (r'^fc\.', 'head.fc.'),
-        (r'^layer(\d)', lambda m: f'stages.{int(m[1]) - 1}'),
-        (r'(\.\d+\.conv[13])\.', r'\1.conv.'),
-        (r'(\.\d+)\.bn([13])\.', r'\1.conv\2.bn.'),
-        (r'\.conv2\.', '.sk.branches.0.conv.'),
-        (r'\.bn2\.', '.sk.branches.0.bn.'),
-        (r'\.conv2g\.', '.sk.branches.1.conv.'),
-        (r'\.bn2g\.', '.sk.branches.1.bn.'),
-        (r'\.conv_fc', '.sk.attn.fc'),
-        (r'\.bn_fc1\.', '.sk.attn.bn.'),
-        (r'\.downsample\.0', '.shortcut.conv'),
-        (r'\.downsample\.1', '.shortcut.bn'),
-    ),
-}
-
-
-def native_keys(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Renames the keys of networks that are ours under other names; other state dicts come back as they are."""
-    origin = foreign(state_dict)
-    if origin is None:
-        return state_dict
-    renamed = {}
-    for key, value in state_dict.items():
-        for pattern, name in FOREIGN_KEYS[origin]:
-            key = re.sub(pattern, name, key)
-        renamed[key] = value
-    return renamed
-
-
-def _accept_foreign_keys(model: nn.Module, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-    """Renames the keys under the prefix of a model that loads them; timm filters those of pretrained weights only."""
-    own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-    folded, normalised = is_folded(own), any('.bn.' in key for key in own)
-    if folded != is_folded(model.state_dict()) and (folded or normalised):  # else it is a part that shows neither
-        raise RuntimeError(
-            'The weights and the model are not both folded (reparameterized): load the weights that a model had '
-            'before it was folded into one that is not, and fold it then.'
-        )
-    renamed = native_keys(own)
-    if renamed is not own:
-        for key in own:
-            del state_dict[prefix + key]
-        state_dict.update({prefix + key: value for key, value in renamed.items()})
-
-
-def foreign(state_dict: Iterable[str]) -> Optional[str]:
-    """Returns the key of `FOREIGN_KEYS` for the network that these keys are of; None for any other."""
-    return next((part for part in FOREIGN_KEYS if any(part in key for key in state_dict)), None)
-
-
-def is_folded(state_dict: Mapping[str, Any]) -> bool:
-    """Returns whether these are the weights of a folded SKNet, whose convolutions have a bias and no batch norm."""
-    return any(key.endswith('.conv.bias') for key in state_dict)
 
 
 def dilate(strides: Sequence[int], reduction: int, output_stride: Optional[int]) -> Tuple[List[int], List[int]]:

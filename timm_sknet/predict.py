@@ -1,7 +1,6 @@
 """Classifies image files with any model of timm: the work behind `timm-sknet predict`."""
 
 import difflib
-import os
 import reprlib
 import sys
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from typing import Any, Iterator, List, Sequence, Tuple, Union
 import timm
 import torch
 from huggingface_hub.utils import LocalEntryNotFoundError, tqdm
-from PIL import Image, UnidentifiedImageError
-from timm.data import ImageNetInfo, create_transform, get_img_extensions, infer_imagenet_subset, resolve_data_config
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import nn
+
+from timm_sknet.images import read_image
 
 PHOTOS = Path(__file__).parent / 'photos'
 BATCH_SIZE = 32
@@ -26,21 +26,6 @@ class Prediction:
     label: str
     index: int
     probability: float
-
-
-def find_images(path: Union[str, Path]) -> List[Path]:
-    """Returns the file itself, or all images below a folder, sorted.
-
-    Raises:
-        ValueError: For a folder without images.
-    """
-    if not os.path.isdir(path):
-        return [Path(path)]
-    endings = (*get_img_extensions(), '.bmp', '.webp')
-    files = sorted(file for file in Path(path).rglob('*') if file.suffix.lower() in endings and file.is_file())
-    if not files:
-        raise ValueError(f'{path}: there is no image in this folder, nor below it. Looked for {", ".join(endings)}.')
-    return files
 
 
 def load_model(name: str) -> nn.Module:
@@ -131,25 +116,6 @@ def class_names(model: nn.Module) -> List[str]:
     if not names or len(names) != num_classes:
         names = [str(i) for i in range(num_classes)]
     return names
-
-
-def read_image(file: Path, mode: str = 'RGB') -> Image.Image:
-    """Returns the whole image, decoded as timm's readers do: by Pillow, converted to `mode`, not turned by EXIF.
-
-    Images of more than 8 bits a channel are refused, because Pillow's conversion turns most of their pixels white.
-
-    Raises:
-        ValueError: For whatever is wrong with the file, which the text names.
-    """
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(('I', 'F')):
-                raise ValueError(f'{image.mode} pixels, more than 8 bits a channel. Convert it to 8 bits first.')
-            return image.convert(mode)
-    except UnidentifiedImageError as e:
-        raise ValueError(f'{file}: not an image, or in no format that Pillow reads.') from e
-    except Exception as e:  # Pillow's decoders raise whatever they meet
-        raise ValueError(f'{file}: cannot be read: {getattr(e, "strerror", None) or str(e) or repr(e)}') from e
 
 
 def classify(

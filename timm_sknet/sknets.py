@@ -10,7 +10,7 @@ from typing import Any, Dict, NamedTuple, Optional
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
-from timm_sknet.download import PretrainedWeights
+from timm_sknet.loading import PretrainedWeights
 from timm_sknet.network import SKNet, SKNetCfg
 
 _SHUFFLENET = SKNetCfg(

@@ -17,10 +17,10 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from timm_sknet.card import UNSTATED, model_card
+from timm_sknet.checkpoints.card import UNSTATED, model_card
+from timm_sknet.checkpoints.reading import DESCRIPTION, Source, fit, likely_arch, read
 from timm_sknet.predict import label_names as ordered_names
 from timm_sknet.sknets import default_cfgs, model_cfgs
-from timm_sknet.sources import DESCRIPTION, Source, fit, likely_arch, read
 
 CONFIG, WEIGHTS, CARD = FILES = 'config.json', 'model.safetensors', 'README.md'
 STATISTICS = 'running_mean', 'running_var', 'num_batches_tracked'

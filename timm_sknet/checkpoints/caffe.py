@@ -6,32 +6,13 @@ one, so that a file of 200 MB needs little more memory than its weights, and eac
 
 import io
 import math
-import re
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Mapping, Set, Tuple
+from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Set, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Caffe's layers and our modules, first those of a unit
-UNIT = {
-    '1x1_reduce': 'conv1.conv',
-    '1x1_reduce/bn': 'conv1.bn',
-    '3x3g32': 'sk.branches.0.conv',
-    '3x3g32/bn': 'sk.branches.0.bn',
-    '3x3g32d2': 'sk.branches.1.conv',
-    '3x3g32d2/bn': 'sk.branches.1.bn',
-    'B_fc1': 'sk.attn.fc1',
-    'B_fc1/bn': 'sk.attn.bn',
-    'B_fc2': 'sk.attn.fc2',
-    '1x1_increase': 'conv3.conv',
-    '1x1_increase/bn': 'conv3.bn',
-    '1x1_proj': 'shortcut.conv',
-    '1x1_proj/bn': 'shortcut.bn',
-}
-AROUND = {'conv1/7x7_s2': 'stem.conv', 'conv1/7x7_s2/bn': 'stem.bn', 'classifier': 'head.fc'}
-IN_UNIT = re.compile('conv([2-9])_([1-9][0-9]{0,2})/(.+)')  # stage, unit and layer
 MOST_LAYERS = 10_000  # a layer takes 12 bytes in the file and 1,200 in memory
 BLOBS = 'weight', 'bias', 'running_mean', 'running_var'  # in Caffe's order; only CuDNNBatchNorm has the last two
 
@@ -67,18 +48,6 @@ def read_caffemodel(path: Path, largest: int) -> Dict[str, Tensor]:
                 raise ValueError(f'damaged, or of another network: more than {MOST_LAYERS:,} layers.')
             layers[name] = blobs
     return {f'{layer}.{name}': blob for layer, blobs in layers.items() for name, blob in zip(BLOBS, blobs)}
-
-
-def rename_blobs(blobs: Mapping[str, Tensor]) -> Dict[str, Tensor]:
-    """Renames what `read_caffemodel` returns to the keys of an SKNet; the names of other layers stay."""
-    renamed = {}
-    for key, blob in blobs.items():
-        layer, _, name = key.rpartition('.')
-        unit = IN_UNIT.fullmatch(layer)
-        if unit and unit[3] in UNIT:
-            layer = f'stages.{int(unit[1]) - 2}.{int(unit[2]) - 1}.{UNIT[unit[3]]}'
-        renamed[f'{AROUND.get(layer, layer)}.{name}'] = blob
-    return renamed
 
 
 def _records(file: BinaryIO, size: int, keep: Set[int], most: int) -> Iterator[Tuple[int, bytes]]:

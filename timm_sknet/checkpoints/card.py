@@ -6,8 +6,8 @@ from typing import Any, Dict, Optional
 from huggingface_hub import ModelCardData
 
 from timm_sknet import __version__
+from timm_sknet.checkpoints.reading import Source
 from timm_sknet.sknets import Weights, weights
-from timm_sknet.sources import Source
 
 REPOSITORY = 'ORG/NAME'  # `push` puts the name of the repository in its place
 UNSTATED = 'unknown'  # the Hub's word

@@ -22,8 +22,9 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from timm_sknet.caffe import read_caffemodel, rename_blobs
-from timm_sknet.network import PYTORCH_VARIANT, TIMM, SKNet, SKNetCfg, foreign, is_folded, native_keys
+from timm_sknet.checkpoints.caffe import read_caffemodel
+from timm_sknet.keys import PYTORCH_VARIANT, TIMM, foreign, is_folded, native_keys, rename_blobs
+from timm_sknet.network import SKNet, SKNetCfg
 from timm_sknet.sknets import CAFFE_INPUT, default_cfgs, model_cfgs
 from timm_sknet.sknets import weights as known_weights
 
@@ -80,7 +81,7 @@ def read(source: str, arch: str, ema: bool = True) -> Source:
     """Reads weights and detects their kind from the content.
 
     Args:
-        source: A file, or the name of a repository on the Hub; see `timm_sknet.convert.convert`.
+        source: A file, or the name of a repository on the Hub; see `timm_sknet.checkpoints.convert.convert`.
         arch: The model they are expected to be of.
         ema: Take the averaged weights of a checkpoint that has them.
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from timm_sknet.attention import EnlargedImages, ScaleResult, replacing
+from timm_sknet.attention.scale import EnlargedImages, ScaleResult, replacing
 
 FORMATS = ('.png', '.svg')
 MOST_IMAGES = 12

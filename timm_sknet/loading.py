@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from timm.models import PretrainedCfg, clean_state_dict
 from torch import Tensor, nn
 
-from timm_sknet.network import is_folded, native_keys
+from timm_sknet.keys import is_folded, native_keys
 
 _REMEDIES = (  # of errors while downloading: the first that fits
     (

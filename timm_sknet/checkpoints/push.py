@@ -8,8 +8,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from timm_sknet import __version__
-from timm_sknet.card import REPOSITORY, UNSTATED
-from timm_sknet.convert import CARD, CONFIG, FILES, WEIGHTS, load
+from timm_sknet.checkpoints.card import REPOSITORY, UNSTATED
+from timm_sknet.checkpoints.convert import CARD, CONFIG, FILES, WEIGHTS, load
 
 
 def push(folder: Path, repo: str, private: bool = False, revision: Optional[str] = None) -> str:
