@@ -1,4 +1,4 @@
-"""The wheel holds every module and file of the package, and works where it is installed."""
+"""The wheel contains every module and file of the package, and all modules can be imported after installation."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ for module in pkgutil.walk_packages(timm_sknet.__path__, 'timm_sknet.'):
 
 @pytest.mark.slow
 def test_every_module_of_an_installed_wheel_can_be_imported(tmp_path):
-    source = tmp_path / 'source'  # pip builds where the sources are
+    source = tmp_path / 'source'  # a copy, because pip builds inside the source folder
     shutil.copytree(ROOT / 'timm_sknet', source / 'timm_sknet', ignore=shutil.ignore_patterns('__pycache__'))
     for name in '_timm_sknet_autoload.py', 'pyproject.toml', 'README.md', 'LICENSE':
         shutil.copy(ROOT / name, source)

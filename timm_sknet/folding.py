@@ -11,7 +11,7 @@ BATCH_NORMS = BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d
 
 
 class Folded(nn.Module):
-    """What is left of a batch norm that was folded into the convolution before it: its activation."""
+    """Replaces a batch norm that was folded into a convolution; applies its activation."""
 
     def __init__(self, act: nn.Module):
         super().__init__()
@@ -19,7 +19,9 @@ class Folded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            raise RuntimeError('A folded (reparameterized) model is for inference: call eval(), or train the original.')
+            raise RuntimeError(
+                'A folded (reparameterized) model cannot train. Call eval(), or train the original model.'
+            )
         return self.act(x)
 
 
@@ -27,12 +29,12 @@ def fold(conv: nn.Module, norm: nn.Module) -> Tuple[nn.Module, nn.Module]:
     """Folds a batch norm, with its running statistics, into the convolution before it.
 
     Args:
-        conv: Left as it is, as it may be shared.
-        norm: One of timm's layers of norm and activation.
+        conv: The convolution. It is not changed, because other modules may share it.
+        norm: One of timm's norm-activation layers.
 
     Returns:
-        What to put in the places of both: a convolution of the two, and the activation. Where they are not what a
-        network is built with, but changed, watched or replaced, they come back themselves.
+        The folded convolution and the activation, to replace `conv` and `norm`. If one of them is of another class or
+        has hooks, or if the norm has no running statistics, `conv` and `norm` are returned unchanged.
     """
     if type(conv) is not nn.Conv2d or type(norm) not in BATCH_NORMS or norm.running_var is None:
         return conv, norm
@@ -50,7 +52,7 @@ def fold(conv: nn.Module, norm: nn.Module) -> Tuple[nn.Module, nn.Module]:
 
 
 def watched(m: nn.Module) -> bool:
-    """Whether calling the module does more than its class says."""
-    # torch has no public way to ask for hooks
+    """Returns whether a call of the module runs more than its class defines: hooks, or a `forward` of its own."""
+    # torch has no public API that lists hooks
     hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
     return bool(hooks) or 'forward' in vars(m)

@@ -9,34 +9,36 @@ from timm.data import get_img_extensions
 
 
 def find_images(path: Union[str, Path]) -> List[Path]:
-    """Returns the file itself, or all images below a folder, sorted.
+    """Returns the path if it is a file, or all images in a folder and its subfolders, sorted.
 
     Raises:
-        ValueError: For a folder without images.
+        ValueError: If a folder has no images.
     """
     if not os.path.isdir(path):
         return [Path(path)]
     endings = (*get_img_extensions(), '.bmp', '.webp')
     files = sorted(file for file in Path(path).rglob('*') if file.suffix.lower() in endings and file.is_file())
     if not files:
-        raise ValueError(f'{path}: there is no image in this folder, nor below it. Looked for {", ".join(endings)}.')
+        raise ValueError(f'{path}: no image in this folder or its subfolders. Expected one of {", ".join(endings)}.')
     return files
 
 
 def read_image(file: Path, mode: str = 'RGB') -> Image.Image:
-    """Returns the whole image, decoded as timm's readers do: by Pillow, converted to `mode`, not turned by EXIF.
+    """Reads an image as timm's readers do: decoded by Pillow, converted to `mode`, without EXIF rotation.
 
-    Images of more than 8 bits a channel are refused, because Pillow's conversion turns most of their pixels white.
+    Images with more than 8 bits per channel are not supported: Pillow's conversion turns most of their pixels white.
 
     Raises:
-        ValueError: For whatever is wrong with the file, which the text names.
+        ValueError: If the file cannot be read. The message names the file and the cause.
     """
     try:
         with Image.open(file) as image:
             if image.mode.startswith(('I', 'F')):
-                raise ValueError(f'{image.mode} pixels, more than 8 bits a channel. Convert it to 8 bits first.')
+                raise ValueError(
+                    f'{image.mode} pixels (more than 8 bits per channel) are not supported. Convert the file to 8 bits.'
+                )
             return image.convert(mode)
     except UnidentifiedImageError as e:
-        raise ValueError(f'{file}: not an image, or in no format that Pillow reads.') from e
-    except Exception as e:  # Pillow's decoders raise whatever they meet
+        raise ValueError(f'{file}: not an image, or its format is not supported by Pillow.') from e
+    except Exception as e:  # Pillow's decoders raise errors of many classes
         raise ValueError(f'{file}: cannot be read: {getattr(e, "strerror", None) or str(e) or repr(e)}') from e

@@ -1,11 +1,11 @@
-"""What the SK units of a model select: their attention, recorded during ordinary forward passes.
+"""Records and plots the attention of the SK units of a model.
 
     with record(model) as units:
         for images in loader:
             model(images)
     units['SK_3_4'].mean  # (M, C), over all images
 
-`scale_experiment` is the paper's: how attention changes as the object in the image grows (section 4.4).
+`scale_experiment` repeats the experiment of the paper (section 4.4): how attention changes as images are enlarged.
 """
 
 from timm_sknet.attention.recording import Unit, find_units, record, typical_units

@@ -1,4 +1,4 @@
-"""The paper's experiment: how attention changes as the object in the image grows (section 4.4)."""
+"""Measures how attention changes as images are enlarged, as in section 4.4 of the paper."""
 
 import csv
 import hashlib
@@ -23,22 +23,22 @@ from timm_sknet.images import read_image
 from timm_sknet.predict import BATCH_SIZE, fast_layout
 
 SCALES = (1.0, 1.5, 2.0)
-SAVE_EVERY = 30  # seconds between two states of an experiment
+SAVE_EVERY = 30  # seconds between two saves of the state
 MOST_ENLARGED = 16
 
 
 @dataclass
 class ScaleResult:
-    """Attention in N images at S scales, in U units of C channels. Differences are those of `Unit.difference`.
+    """The attention in N images at S scales, in U units with C channels.
 
     Attributes:
         files: The images.
-        classes: The class of each, which is the name of its folder.
-        scales: Factors by which the images were enlarged.
-        units: The units by name. Their own statistics are of all scales together.
-        difference: Mean over the channels of attention to the widest branch less that to the narrowest, (N, S, U).
-        extent: Mean over the channels of the effective kernel extent, (N, S, U).
-        profile: The difference by channel, mean over the images, for each unit (S, C).
+        classes: The class of each image: the name of its folder.
+        scales: The factors by which the images were enlarged.
+        units: The units by name. Their own statistics are over all scales.
+        difference: `Unit.difference`, mean over channels, (N, S, U).
+        extent: `Unit.extent`, mean over channels, (N, S, U).
+        profile: For each unit, `Unit.difference` of each channel, mean over images, (S, C).
     """
 
     files: List[Path]
@@ -51,16 +51,16 @@ class ScaleResult:
 
 
 class EnlargedImages(Dataset):
-    """Images as a model's evaluation takes them, enlarged about their centre: (S, C, H, W) for S scales.
+    """Dataset of images, enlarged around their centre and preprocessed for a model: (S, C, H, W) for S scales.
 
-    An image that cannot be read is the ValueError that says why.
+    If an image cannot be read, the item is the ValueError with the reason.
     """
 
     def __init__(self, model: nn.Module, files: Sequence[Path], scales: Sequence[float]):
         self.files = files
         config = resolve_data_config({}, model=model)
         self.mode = 'RGB' if config['input_size'][0] == 3 else 'L'
-        # resized to `scale` times the size of the evaluation, and cropped as there
+        # with crop_pct / scale, the image is resized to `scale` times its usual size and then cropped as usual
         self.transforms = [create_transform(**config | {'crop_pct': config['crop_pct'] / scale}) for scale in scales]
 
     def __len__(self) -> int:
@@ -82,28 +82,26 @@ def scale_experiment(
     state: Optional[Path] = None,
     on_error: Callable[[ValueError], Any] = lambda e: None,
 ) -> ScaleResult:
-    """Records the attention as images are enlarged about their centre (paper, section 4.4). Shows its progress.
+    """Records the attention as images are enlarged around their centre (paper, section 4.4). Shows a progress bar.
 
     Args:
-        model: In eval mode; its cfg says how images are preprocessed. On a CPU, its weights are put into channels_last.
-        files: The images; the name of the folder that one lies in is its class.
-        scales: Factors of 1 to `MOST_ENLARGED`, each once.
-        workers: Processes that read images, beside this one.
-        state: File that keeps what is done when a run ends early, for the next run of the same model, files and scales
-            to go on from. It is removed in the end.
-        on_error: Called with the reason for each image that cannot be read; it is left out of the result.
+        model: The model, in eval mode. Its cfg defines the preprocessing. On a CPU, its weights are converted to
+            channels_last.
+        files: The images. The class of an image is the name of its folder.
+        scales: Different factors from 1 to `MOST_ENLARGED`.
+        workers: Number of processes that read images, in addition to this one.
+        state: File for the progress of an interrupted run. A later run with the same model, files and scales continues
+            from it. The file is removed when the run is complete.
+        on_error: Called with the error for each image that cannot be read. The result does not contain these images.
 
     Raises:
-        ValueError: For other scales, a model without SK units, or where no image can be read.
+        ValueError: If the scales are invalid, the model has no SK units, or no image can be read.
     """
     scales = [float(scale) for scale in scales]
     if not scales or not all(1 <= scale <= MOST_ENLARGED for scale in scales) or len(set(scales)) < len(scales):
-        raise ValueError(
-            f'Scales, by which images are enlarged, must be numbers of at least 1 and at most {MOST_ENLARGED}, each '
-            f'once, got {scales}.'
-        )
-    identity = _identity(model, files, scales) if state else ''  # reads all weights
-    kept = _load(state, identity)
+        raise ValueError(f'Scales must be different numbers of at least 1 and at most {MOST_ENLARGED}, got {scales}.')
+    identity = _identity(model, files, scales) if state else ''  # slow: it reads all weights
+    kept = _load_state(state, identity)
     done = int(kept.pop('done', torch.tensor(0)))
     values = kept.pop('values', torch.full((len(files), 2, len(scales), len(find_units(model))), math.nan))
     device, layout = next(model.parameters()).device, fast_layout(model)
@@ -116,7 +114,7 @@ def scale_experiment(
 
     def save() -> None:
         if state and done < len(files):
-            _save(state, identity, {'done': torch.tensor(done), 'values': values, **kept})
+            _save_state(state, identity, {'done': torch.tensor(done), 'values': values, **kept})
 
     saved = time.monotonic()
     try:
@@ -163,10 +161,10 @@ def scale_experiment(
 
 
 def table(result: ScaleResult, groups: Sequence[str]) -> List[Dict[str, Any]]:
-    """Returns rows of mean difference and extent for each group of images, unit and scale.
+    """Returns one row for each group of images, unit and scale, with mean difference and mean extent.
 
     Args:
-        result: The experiment.
+        result: The result of an experiment.
         groups: The group of each image, such as `result.classes`.
     """
     rows = []
@@ -190,9 +188,9 @@ def table(result: ScaleResult, groups: Sequence[str]) -> List[Dict[str, Any]]:
 
 
 def write_csv(rows: Sequence[Dict[str, Any]], file: Path) -> None:
-    """Writes the rows of `table`."""
+    """Writes the rows of `table` to a CSV file."""
     with replacing(file) as unfinished:
-        with open(unfinished, 'w', newline='', errors='backslashreplace') as f:  # names can hold bytes that are no text
+        with open(unfinished, 'w', newline='', errors='backslashreplace') as f:  # names can contain invalid bytes
             writer = csv.DictWriter(f, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
@@ -200,7 +198,7 @@ def write_csv(rows: Sequence[Dict[str, Any]], file: Path) -> None:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Yields a path to write to, which takes the place of a file once all is written."""
+    """Context manager for writing a file atomically: yields a temporary path, which replaces the file at the end."""
     unfinished = file.with_name(f'{file.name}.unfinished')
     try:
         yield unfinished
@@ -210,7 +208,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def _identity(model: nn.Module, files: Sequence[Path], scales: Sequence[float]) -> str:
-    """Returns what tells one run of the experiment from another: weights, images and scales."""
+    """Returns a hash of the weights, the images and the scales of an experiment."""
     hashed = hashlib.sha256(repr(scales).encode())
     for name, tensor in model.state_dict().items():
         hashed.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -220,13 +218,13 @@ def _identity(model: nn.Module, files: Sequence[Path], scales: Sequence[float]) 
     return hashed.hexdigest()
 
 
-def _save(state: Path, identity: str, tensors: Dict[str, Tensor]) -> None:
+def _save_state(state: Path, identity: str, tensors: Dict[str, Tensor]) -> None:
     with replacing(state) as unfinished:
         save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished, {'run': identity})
 
 
-def _load(state: Optional[Path], identity: str) -> Dict[str, Tensor]:
-    """Returns what a run has kept; nothing where it was another's, or where the file is none of ours."""
+def _load_state(state: Optional[Path], identity: str) -> Dict[str, Tensor]:
+    """Returns the saved tensors of an interrupted run; empty if the file is invalid or from a different run."""
     try:
         if state and state.exists():
             with safe_open(state, 'pt') as f:

@@ -1,1 +1,1 @@
-"""Reads weights of others, and writes and publishes model folders that timm and transformers load."""
+"""Converts weights of other sources to model folders for timm and transformers, and uploads them to the Hub."""
