@@ -1,6 +1,6 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip
-# Written once, in pyproject.toml.
+# The oldest supported versions are defined in pyproject.toml.
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST_TIMM := $(shell sed -n 's/.*"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
@@ -33,7 +33,7 @@ dist: .venv/installed-tests
 	.venv/bin/python tools/check_archives.py
 	tools/try_wheel.sh $(PYTHON) -c constraints.txt
 
-# What pyproject.toml promises, of which `make test` runs only one combination.
+# Tests the supported versions in pyproject.toml. `make test` tests only one combination.
 compat: dist
 	TESTS=1 tools/try_wheel.sh python3.11 torch==$(OLDEST_TORCH).* timm==$(OLDEST_TIMM)
 	TESTS=1 tools/try_wheel.sh python3.12 -c constraints.txt
@@ -42,14 +42,15 @@ compat: dist
 clean:
 	rm -rf .cache .venv build dist *.egg-info
 
-# Stamps: an install is repeated when what decides its versions has changed.
+# These files record an installation. It is repeated when a file that defines its versions has changed.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) install -c constraints.txt -e .
 	touch $@
 
-# Brings what the tests need from outside too, so that they touch no network: the tests that timm keeps in its sdists,
-# and its oldest release in a folder of its own. Of a sdist only the tests, or its timm would be imported.
+# Also downloads what the tests need, because they run without a network: the tests in timm's sdists, and the oldest
+# supported release of timm in a separate folder. From an sdist, only the tests are extracted: Python would import the
+# timm in it.
 .venv/installed-tests: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) install -c constraints.txt -e '.[test,ecosystem]'

@@ -1,6 +1,6 @@
-"""Lets `import timm` register our models: PyTorch calls `autoload` at the end of `import torch`.
+"""Registers our models when timm is imported: PyTorch calls `autoload` at the end of `import torch`.
 
-The module stands beside the package: an entry point inside it would make every `import torch` run the package's
+This module is outside the package. An entry point inside it would make every `import torch` run the package's
 `__init__`, which imports timm.
 """
 
@@ -15,7 +15,10 @@ from typing import Any, Callable, Optional
 
 
 def autoload() -> None:
-    """Entry point of the group `torch.backends`; does nothing where TIMM_SKNET_AUTOLOAD=0, and never raises."""
+    """Entry point of the group `torch.backends`: installs the import hook and never raises an error.
+
+    The environment variable TIMM_SKNET_AUTOLOAD=0 turns it off.
+    """
     if os.environ.get('TIMM_SKNET_AUTOLOAD') == '0':
         return
     try:
@@ -28,10 +31,10 @@ def autoload() -> None:
 
 
 class _PostImportHook:
-    """Finds `timm.models` as the finders behind it do, and imports our package as soon as it has been executed.
+    """Import hook: lets the other finders find `timm.models`, and imports our package after `timm.models` has run.
 
-    wrapt's hook of that kind imports the parent package from inside the finder, where Python holds the global import
-    lock: two threads that import timm at once then wait for each other forever.
+    A post-import hook like wrapt's imports the parent package inside the finder, where Python holds the global import
+    lock. Then two threads that import timm at the same time wait for each other forever.
     """
 
     def find_spec(self, fullname: str, path: Any = None, target: Optional[ModuleType] = None) -> Optional[ModuleSpec]:
@@ -60,9 +63,9 @@ def _execute_and_register(execute: Callable[[ModuleType], None], timm_models: Mo
 def _warn(error: Exception) -> None:
     message = (
         f'timm_sknet could not register its models in timm: {type(error).__name__}: {error} '
-        '(TIMM_SKNET_AUTOLOAD=0 turns the attempt off)'
+        '(set TIMM_SKNET_AUTOLOAD=0 to turn the registration off)'
     )
     try:
         warnings.warn(message)
-    except UserWarning:  # python -W error: torch and timm must go on all the same
+    except UserWarning:  # raised under python -W error, where torch and timm must still work
         print(message, file=sys.stderr)

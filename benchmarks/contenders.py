@@ -1,4 +1,4 @@
-"""The networks that the benchmarks compare, with the same weights wherever the network is the same."""
+"""The networks that the benchmarks compare. Implementations of the same network get the same weights."""
 
 import importlib
 import importlib.util
@@ -13,12 +13,13 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from timm_sknet import SelectiveKernelConv
-from timm_sknet.network import Bottleneck, native_keys
+from timm_sknet.keys import native_keys
+from timm_sknet.network import Bottleneck
 from timm_sknet.sknets import model_cfgs
 
 
 class AttentionFree(SelectiveKernelConv):
-    """V = U_1 + ... + U_M: what no SK convolution of the same branches can beat."""
+    """V = U_1 + ... + U_M: an upper limit for the speed of an SK convolution with these branches."""
 
     def forward(self, x: Tensor) -> Tensor:
         V = self.branches[0](x)
@@ -28,7 +29,7 @@ class AttentionFree(SelectiveKernelConv):
 
 
 def ours(name: str, **kwargs: Any) -> nn.Module:
-    """A model of timm_sknet, always with the same random weights and statistics."""
+    """Returns a model of timm_sknet with fixed random weights and statistics."""
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs)
     for m in model.modules():
@@ -36,11 +37,12 @@ def ours(name: str, **kwargs: Any) -> nn.Module:
             m.running_mean.normal_(std=0.1)
             m.running_var.uniform_(0.5, 1.5)
         if isinstance(m, Bottleneck):
-            nn.init.constant_(m.conv3.bn.weight, 0.2)  # else a hundred layers blow rounding errors up
+            nn.init.constant_(m.conv3.bn.weight, 0.2)  # otherwise, a hundred layers amplify rounding errors
     return model
 
 
 def attention_free(name: str, **kwargs: Any) -> nn.Module:
+    """Returns the model of timm_sknet without attention."""
     model = ours(name, **kwargs)
     for m in model.modules():
         if isinstance(m, SelectiveKernelConv):
@@ -49,22 +51,22 @@ def attention_free(name: str, **kwargs: Any) -> nn.Module:
 
 
 def without_selection(name: str) -> nn.Module:
-    """The same network with its 3x3 branch alone (M = 1)."""
+    """Returns the same network with only its 3x3 branch (M = 1)."""
     return timm.create_model(name, branches=[branch for branch in model_cfgs[name].branches if branch[:2] == (3, 1)])
 
 
 def timm_sk(name: str) -> nn.Module:
-    """timm's own SK network of that depth with our weights."""
+    """Returns timm's own SK network of the same depth with our weights."""
     model = ours(name)
     theirs = timm.create_model('skresnext50_32x4d', layers=tuple(len(stage) for stage in model.stages))
     state = model.state_dict()
-    names = native_keys({key: key for key in theirs.state_dict()})  # theirs by ours
+    names = native_keys({key: key for key in theirs.state_dict()})  # timm's keys by our keys
     theirs.load_state_dict({their_key: state[our_key] for our_key, their_key in names.items()})
     return theirs
 
 
 def pytorchcv_sk(name: str) -> nn.Module:
-    """pytorchcv's SKNet, whose modules have our order but for the shortcut."""
+    """Returns pytorchcv's SKNet with our weights. Its modules have our order, except for the shortcut."""
     theirs = importlib.import_module('pytorchcv.model_provider').get_model(name)
     theirs.features.final_pool = nn.AdaptiveAvgPool2d(1)  # for any image size
     unit_last = sorted(ours(name).state_dict().items(), key=lambda item: _unit(item[0]))
@@ -78,25 +80,25 @@ def _unit(key: str) -> List[int]:
 
 
 def pylocron_sk(name: str) -> nn.Module:
-    """Holocron's SKNet, a different network: sigmoid before the softmax, wider attention, 35M parameters."""
+    """Returns Holocron's SKNet, a different network: sigmoid before the softmax, wider attention, 35M parameters."""
     return getattr(importlib.import_module('holocron.models'), name)()
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """Folds batch norms, for a model without `reparameterize` by torch.fx."""
+    """Folds the batch norms of a model. Models without `reparameterize` are folded by torch.fx."""
     model = reparameterize_model(model.eval())
     if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         model = torch.fx.experimental.optimization.fuse(model)
     return model
 
 
-MEMORY_EFFICIENT = 'timm_sknet memory-efficient'  # differs from timm_sknet in training
+MEMORY_EFFICIENT = 'timm_sknet memory-efficient'  # differs from timm_sknet only in training
 RESNEXT = {'sknet50': 'resnext50_32x4d', 'sknet101': 'resnext101_32x4d'}
 Contender = Callable[[], nn.Module]
 
 
 def contenders(name: str) -> Dict[str, Contender]:
-    """Returns how to make each network that a model is compared with; that model itself is among them."""
+    """Returns functions that create the networks to compare with a model, and the model itself."""
     found: Dict[str, Contender] = {'timm_sknet': partial(ours, name), 'attention-free': partial(attention_free, name)}
     if name in RESNEXT:
         found['timm ResNeXt'] = partial(timm.create_model, RESNEXT[name])

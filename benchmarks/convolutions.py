@@ -1,9 +1,10 @@
-"""Times the convolutions that an SKNet-50 is made of, one of each kind for each stage: the floor under its time.
+"""Times the convolutions of an SKNet-50, one of each kind for each stage. They limit its speed.
 
     python benchmarks/convolutions.py --batch 8 --out results.json
 
-"5x5" computes both branches exactly, as one grouped convolution of 2C outputs and mostly zeros; "16 groups" computes a
-branch exactly, with half the groups and zeros between. Both do more arithmetic in fewer, larger pieces.
+"5x5" computes both branches exactly, as one grouped convolution with 2C outputs whose weights are mostly zeros.
+"16 groups" computes one branch exactly, with half the groups and zeros in between. Both need more arithmetic, in fewer
+and larger pieces.
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""Does selection matter? Top-1 accuracy as it is, with attention fixed at 1/M, and at its mean for each channel.
+"""Measures top-1 accuracy with normal attention, with attention fixed at 1/M, and fixed at its mean for each channel.
 
     python benchmarks/fixed_attention.py DATA/val --model sknet12.cifar10
 
-The mean is over the images evaluated. DATA/val holds a folder of images for each class, in the model's order.
+The mean is over the evaluated images. DATA/val has one folder of images for each class, in the order of the model's
+classes.
 """
 
 import argparse
@@ -20,7 +21,7 @@ Replace = Callable[[nn.Module, Tensor], Optional[Tensor]]
 
 @torch.inference_mode()
 def top1(model: nn.Module, loader, replace: Optional[Replace] = None) -> float:
-    """Returns the accuracy in %; `replace` sees each unit's attention (B, M, C) and may return another."""
+    """Returns the accuracy in %. `replace` gets the attention of each unit, (B, M, C), and can return another one."""
     units = [m for m in model.modules() if isinstance(m, SelectiveKernelAttn)]
     hooks = [unit.register_forward_hook(lambda m, args, a: replace(m, a)) for unit in units] if replace else []
     right = total = 0

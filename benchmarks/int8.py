@@ -1,9 +1,10 @@
-"""Quantises a network to int8 by PT2E, convolutions included, and measures accuracy and speed beside float32.
+"""Quantises a network to int8 with PT2E, including its convolutions, and compares accuracy and speed with float32.
 
     python benchmarks/int8.py CIFAR10 --model sknet12.cifar10
 
-The folder holds class folders in train/, of which images are drawn to calibrate on, and in val/, whose top-1 is
-measured. Everything is folded, channels_last and, but for the first line, compiled; each network runs once in a round.
+The folder contains train/ and val/, with one folder for each class. Images from train/ calibrate the quantisation, and
+top-1 is measured on val/. All networks are folded, in channels_last and, except for the first row, compiled. Each
+network runs once in each round.
 """
 
 import argparse
@@ -28,7 +29,7 @@ aten = torch.ops.aten
 
 
 def quantise(model: nn.Module, images: Tensor, batch: int = 64) -> torch.fx.GraphModule:
-    """Returns the model with weights and maps of int8, whose ranges are those that the images have."""
+    """Returns the model with int8 weights and activations, calibrated with the images."""
     graph = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim('batch')},)).module()
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
     prepared = prepare_pt2e(graph, quantizer)
@@ -38,13 +39,13 @@ def quantise(model: nn.Module, images: Tensor, batch: int = 64) -> torch.fx.Grap
 
 
 def quantised_layers(graph: torch.fx.GraphModule) -> Tuple[int, int]:
-    """Returns how many convolutions and linear layers have weights of int8, and how many there are."""
+    """Returns the number of convolutions and linear layers with int8 weights, and the number of all such layers."""
     layers = [node for node in graph.graph.nodes if node.target in (aten.conv2d.default, aten.linear.default)]
     return sum('dequantize_per_channel' in str(node.args[1].target) for node in layers), len(layers)
 
 
 def read(folder: Path, model: nn.Module, limit: Optional[int] = None) -> Tuple[Tensor, Tensor]:
-    """Returns images as the model wants them, (N, C, H, W), and their classes; at most `limit`, drawn at random."""
+    """Returns preprocessed images, (N, C, H, W), and their classes. At most `limit` images are drawn at random."""
     names = model.pretrained_cfg.get('label_names')
     class_map = {name: i for i, name in enumerate(names)} if names else ''
     transform = create_transform(**resolve_data_config(model=model))
@@ -64,9 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path)
     parser.add_argument('--model', default='sknet12.cifar10')
-    parser.add_argument('--calibrate', type=int, default=1024, help='number of training images')
-    parser.add_argument('--batch', type=int, default=100, help='must divide the number of images in val/')
-    parser.add_argument('--rounds', type=int, default=20, help='0: run int8 eagerly, and time nothing')
+    parser.add_argument('--calibrate', type=int, default=1024, help='number of training images for the calibration')
+    parser.add_argument('--batch', type=int, default=100, help='batch size, a divisor of the number of images in val/')
+    parser.add_argument('--rounds', type=int, default=20, help='timed rounds; 0 skips compiling and timing')
     args = parser.parse_args()
 
     model = timm.create_model(args.model, pretrained=True).eval()
@@ -78,8 +79,8 @@ def main() -> None:
 
     models = {'float32': model, 'int8, not compiled': int8}
     if args.rounds:
-        # As an option of torch.compile it comes too late: dynamo reads it, and unless it knows that weights are
-        # constants, inductor cannot pack those of int8.
+        # Set globally, because an option of torch.compile is set too late for dynamo. Inductor can pack int8 weights
+        # only if dynamo treats weights as constants.
         torch._inductor.config.freezing = True
         models = {'float32': model, 'float32, compiled': torch.compile(model), 'int8, compiled': torch.compile(int8)}
     lines = [[name, f'{top1(m, images, classes, args.batch):.2f}'] for name, m in models.items()]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved rounds, rows in a JSON file, and what machine they are of."""
+"""Shared functions of the benchmarks: options, timing in interleaved rounds, and the JSON file of results."""
 
 import argparse
 import importlib
@@ -18,17 +18,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from timm_sknet.attention import replacing
+from timm_sknet.attention.scale import replacing
 
 LAYOUTS = {'channels_last': torch.channels_last, 'NCHW': torch.contiguous_format}
 Times = Dict[str, List[float]]
 
 
 def options(doc: Optional[str], **numbers: int) -> argparse.ArgumentParser:
-    """Returns a parser with the options that all benchmarks have, and those for numbers, with their defaults."""
+    """Returns a parser with the common options, and the given numeric options with their defaults."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument('--layout', choices=LAYOUTS, default='channels_last')
-    found.add_argument('--out', type=kept, metavar='JSON', help='file to put the results into')
+    found.add_argument('--out', type=results_file, metavar='JSON', help='file for the results')
     for name, default in numbers.items():
         what = f'{NUMBERS[name]} (default: {default})'
         found.add_argument(f'--{name}', type=partial(whole, 0 if name == 'warmup' else 1), default=default, help=what)
@@ -36,11 +36,11 @@ def options(doc: Optional[str], **numbers: int) -> argparse.ArgumentParser:
 
 
 NUMBERS = {
-    'batch': 'images',
+    'batch': 'batch size',
     'size': 'height and width of the images',
-    'rounds': 'rounds that count',
-    'warmup': 'rounds before those',
-    'repeats': 'runs in a row that are timed together',
+    'rounds': 'number of timed rounds',
+    'warmup': 'number of rounds before the timed ones',
+    'repeats': 'number of consecutive runs that are timed together',
 }
 
 
@@ -50,23 +50,23 @@ def whole(least: int, text: str) -> int:
     return int(text)
 
 
-def kept(text: str) -> Path:
-    """A file of results: a new one, or one that `rows_of` can read."""
+def results_file(text: str) -> Path:
+    """Checks the argument --out: a new file, or a results file."""
     file = Path(text)
     if not file.parent.is_dir():
-        raise argparse.ArgumentTypeError(f'there is no folder {str(file.parent)!r}: make it first')
+        raise argparse.ArgumentTypeError(f'the folder {str(file.parent)!r} does not exist, create it first')
     if file.exists():
         rows_of(text)
     return file
 
 
 def rows_of(text: str) -> List[Dict[str, Any]]:
-    """Reads a file of results."""
+    """Reads the rows of a results file."""
     try:
         rows = json.loads(Path(text).read_text())
         assert all({'settings', 'machine'} <= set(row) for row in rows)
     except (OSError, ValueError, TypeError, AssertionError) as e:
-        raise argparse.ArgumentTypeError(f'{text!r} is no file that a benchmark has written with --out') from e
+        raise argparse.ArgumentTypeError(f'{text!r} is not a results file written by a benchmark with --out') from e
     return rows
 
 
@@ -88,20 +88,20 @@ def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def macs(run: Callable[[], Any]) -> int:
-    """Returns how often a run multiplies and accumulates."""
+    """Returns the number of multiply-accumulates (MACs) of a run."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() // 2
 
 
 def interleaved(runs: Dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, repeats: int = 1) -> Times:
-    """Times each run once in each round, in seconds.
+    """Times each run once in each round. Returns seconds.
 
     Args:
-        runs: What to run, by name.
-        rounds: Rounds that count.
-        warmup: Rounds before those.
-        repeats: Runs in a row that are timed together.
+        runs: Functions to run, by name.
+        rounds: Number of timed rounds.
+        warmup: Number of rounds before the timed ones.
+        repeats: Number of consecutive runs that are timed together.
     """
     times: Times = {name: [] for name in runs}
     order = list(runs)
@@ -110,7 +110,7 @@ def interleaved(runs: Dict[str, Callable[[], Any]], rounds: int, warmup: int = 2
             took = seconds(runs[name], repeats)
             if number >= warmup:
                 times[name].append(took)
-        order = order[1:] + order[:1]  # so that none always follows the same one
+        order = order[1:] + order[:1]  # so that a run does not always follow the same one
     return times
 
 
@@ -130,7 +130,7 @@ def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def ratio(theirs: Sequence[float], mine: Sequence[float]) -> float:
-    """Returns the median over the rounds of their time over mine: how many times as fast I am."""
+    """Returns the speed of `mine` over `theirs`: the median over the rounds of their time divided by mine."""
     return statistics.median(np.divide(theirs, mine))
 
 
@@ -139,7 +139,7 @@ def quartiles(times: List[float]) -> List[float]:
 
 
 def keep(rows: List[Dict[str, Any]], file: Path) -> None:
-    """Puts rows into a JSON file, in place of those of the same networks with the same settings."""
+    """Adds rows to a JSON file. They replace rows of the same network with the same settings."""
 
     def identity(row: Dict[str, Any]) -> Any:
         return row['settings'], row.get('contender'), row.get('place')
@@ -151,13 +151,13 @@ def keep(rows: List[Dict[str, Any]], file: Path) -> None:
 
 
 def write(text: str, file: Path) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically."""
     with replacing(file) as unfinished:
         unfinished.write_text(text)
 
 
 def markdown(lines: List[List[str]]) -> str:
-    """Returns a table whose first column is text, the others numbers."""
+    """Returns a Markdown table. Its first column is text, the others are numbers."""
     lines = [lines[0], ['---'] + ['--:'] * (len(lines[0]) - 1), *lines[1:]]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
@@ -166,7 +166,7 @@ PACKAGES = 'torch', 'timm', 'timm_sknet', 'onnxruntime', 'openvino', 'pytorchcv'
 
 
 def machine() -> Dict[str, str]:
-    """Returns versions and machine, for the record beside each figure."""
+    """Returns the machine and the versions of the packages, which are stored with each row."""
     with open('/proc/cpuinfo') as file:
         cpu = re.search(r'model name\s*: (.*)', file.read())
     found = {name: importlib.import_module(name) for name in PACKAGES if importlib.util.find_spec(name)}

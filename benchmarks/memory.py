@@ -1,10 +1,9 @@
-"""Measures what a training step of an SKNet keeps and takes, beside its peers, as it is and with checkpointing.
+"""Measures the memory of a training step of an SKNet and other networks, with and without checkpointing.
 
     python benchmarks/memory.py --model sknet50 --batch 8 --out results.json
 
-"saved" is what is left in memory between forward and backward, without parameters, images and output. "peak" is how
-far the resident memory of a process (on a GPU: the memory allocated) rises in its second step over that before the
-first.
+"saved" is the memory kept between forward and backward, without parameters, images and output. "peak" is the increase
+in resident memory (on a GPU: allocated memory) from before the first step to the maximum during two steps.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from timm_sknet.sknets import model_cfgs
 
 
 class Results(TorchDispatchMode):
-    """Follows the memory of all results."""
+    """Tracks the storages of all results of operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +38,7 @@ class Results(TorchDispatchMode):
 
 
 def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    """Returns what a forward pass leaves for backward, without parameters, buffers, x and the output itself."""
+    """Returns the bytes that a forward pass keeps for backward, without parameters, buffers, x and the output."""
     with Results() as results:
         out = model(x)
     known = {id(t.untyped_storage()) for t in (x, out, *model.parameters(), *model.buffers())}
@@ -48,14 +47,14 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
 
 
 def resident(what: str, reset: bool = False) -> int:
-    """Returns the bytes of memory that this process holds ('RSS') or has held at most ('HWM') since the last reset."""
+    """Returns the resident memory of this process in bytes: now ('RSS') or the maximum since the last reset ('HWM')."""
     if reset:
         Path('/proc/self/clear_refs').write_text('5')
     return 1024 * int(re.search(rf'Vm{what}:\s*(\d+) kB', Path('/proc/self/status').read_text())[1])
 
 
 def step(name: str, checkpointed: bool, args: argparse.Namespace) -> Optional[Dict[str, Any]]:
-    """Returns the figures of one network; to be run in a process of its own."""
+    """Returns the row of one network. Must run in its own process."""
     model = contenders(args.model)[name]().train()
     if checkpointed:
         if not hasattr(model, 'set_grad_checkpointing'):
@@ -90,7 +89,7 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
 
 
 def table(rows: List[Dict[str, Any]]) -> str:
-    """Returns the rows as Markdown: MB, and as a multiple of the network without selection."""
+    """Returns the rows as Markdown, in MB and relative to the network without selection."""
     base = next(row for row in rows if row['contender'] in ('timm ResNeXt', 'without selection'))
     lines = [['', 'saved MB', f'over {base["contender"]}', 'peak MB', f'over {base["contender"]}']]
     for row in rows:

@@ -1,4 +1,4 @@
-"""Measures what recording attention costs a forward pass, for sknet50 and for the smallest model at batch 1.
+"""Measures how much recording attention slows down a forward pass, for sknet50 and for the smallest model.
 
 python benchmarks/recording.py
 """

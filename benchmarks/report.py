@@ -1,4 +1,4 @@
-"""Writes RESULTS.md and its pictures from what the benchmarks have measured.
+"""Writes RESULTS.md and its figures from the results of the benchmarks.
 
 python benchmarks/report.py benchmarks/results.json benchmarks/RESULTS.md
 """
@@ -27,7 +27,7 @@ COLOURS = {'timm_sknet': '#0072b2', 'attention-free': '#999999', 'timm SK': '#d5
 
 
 class Target(NamedTuple):
-    """What is to be reached: the speed of a contender over that of another, at given settings of `sknet50`."""
+    """A target: the least speed of `mine` over `theirs`, with given settings of `sknet50`."""
 
     what: str
     case: str
@@ -61,7 +61,7 @@ TARGETS = [
     Target('bf16 autocast', 'bf16', 'channels_last', 8, 'timm_sknet', SK, 1.0),
     *(Target('ONNX Runtime, folded', 'onnx', 'NCHW', batch, FOLDED, f'{SK} folded', 1.0) for batch in (8, 1)),
 ]
-# What the README shows: case, layout, contender, and what its rivals' names end in.
+# The summary: name, case, layout, network, and the suffix of the networks that it is compared with.
 SUMMARY = [
     ('inference, channels_last', 'eval', 'channels_last', 'timm_sknet', ''),
     ('inference, channels_last, ours folded', 'eval', 'channels_last', FOLDED, ''),
@@ -77,7 +77,7 @@ SUMMARY = [
     ('training step, contiguous', 'train', 'NCHW', 'timm_sknet', ''),
     ('training step, channels_last, compiled', 'compiled train', 'channels_last', 'timm_sknet', ''),
 ]
-MOST_SAVED = 1.10  # activations of a training step, over ResNeXt's
+MOST_SAVED = 1.10  # target: memory that a training step keeps for backward, relative to ResNeXt
 TITLES = {
     'eval': 'Inference',
     'train': 'Training step',
@@ -95,7 +95,7 @@ TABLES = {'memory': memory.table, 'scaling': scaling.table, 'convolutions': conv
 
 
 def groups(rows: List[Row]) -> List[List[Row]]:
-    """Returns the rows of the same settings together, in the order of `TITLES`; all of scaling as one."""
+    """Groups the rows by settings, in the order of `TITLES`. All rows of scaling are one group."""
     found: Dict[str, List[Row]] = {}
     for row in sorted(rows, key=lambda row: row['settings'].get('model') != 'sknet50'):
         key = 'scaling' if row['settings']['case'] == 'scaling' else json.dumps(row['settings'], sort_keys=True)
@@ -104,17 +104,18 @@ def groups(rows: List[Row]) -> List[List[Row]]:
 
 
 def find(rows: List[Row], contender: str, **settings: Any) -> Row:
-    """Returns the row of a network at some settings, {} if that was not measured."""
+    """Returns the row of a network with these settings, or {} if it was not measured."""
     return next((row for row in rows if row['settings'] == settings and row.get('contender') == contender), {})
 
 
 def ratio(rows: List[Row], target: Target) -> Optional[float]:
+    """Returns the measured speed ratio of a target, or None if it was not measured."""
     at = {'model': 'sknet50', 'case': target.case, 'layout': target.layout, 'batch': target.batch, 'size': 224}
     return find(rows, target.mine, **at).get('speed over', {}).get(target.theirs)
 
 
-def kept(rows: List[Row], contender: str, other: str) -> Optional[float]:
-    """Returns how much a training step of a network keeps for backward, over what that of another does."""
+def saved_ratio(rows: List[Row], contender: str, other: str) -> Optional[float]:
+    """Returns the memory that a training step keeps for backward, relative to another network."""
     at = {'case': 'memory', 'model': 'sknet50', 'layout': 'channels_last', 'batch': 8, 'size': 224}
     mine, theirs = (find(rows, name, **at).get('saved') for name in (contender, other))
     return mine / theirs if mine and theirs else None
@@ -133,7 +134,7 @@ def targets(rows: List[Row]) -> str:
         limit = ratio(rows, target._replace(mine=target.mine.replace('timm_sknet', FREE)))
         place = [target.what, target.layout, str(target.batch), target.theirs, least]
         lines.append([*place, number(value, 3), reached, number(limit, 3)])
-    value = kept(rows, MEMORY_EFFICIENT, 'timm ResNeXt')
+    value = saved_ratio(rows, MEMORY_EFFICIENT, 'timm ResNeXt')
     reached = '' if value is None else 'yes' if value <= MOST_SAVED else 'no'
     memory_of = [
         'saved activations, memory_efficient',
@@ -146,7 +147,7 @@ def targets(rows: List[Row]) -> str:
 
 
 def summary(rows: List[Row]) -> str:
-    """Returns the few figures that the README shows too."""
+    """Returns the summary, which the documentation also shows."""
     lines = [['speed of `sknet50`, 224x224, batch 8', "over timm's SK", 'over ResNeXt-50 32x4d']]
     for what, case, layout, mine, theirs in SUMMARY:
         at = Target('', case, layout, 8, mine, '', 0)
@@ -154,9 +155,11 @@ def summary(rows: List[Row]) -> str:
         lines.append([what, *map(number, ratios)])
     memory_of = []
     for contender in 'timm_sknet', MEMORY_EFFICIENT:
-        over = [number(kept(rows, contender, other)) or 'an unmeasured' for other in (SK, 'timm ResNeXt')]
-        memory_of.append("{} times the memory of timm's SK for backward and {} times that of ResNeXt".format(*over))
-    text = 'A training step keeps {}; with `memory_efficient=True`, {}.'.format(*memory_of)
+        over = [number(saved_ratio(rows, contender, other)) or '(not measured)' for other in (SK, 'timm ResNeXt')]
+        memory_of.append(
+            "{} times as much memory for backward as timm's SK, and {} times as much as ResNeXt".format(*over)
+        )
+    text = 'A training step keeps {}. With `memory_efficient=True`, it keeps {}.'.format(*memory_of)
     return f'{markdown(lines)}\n\n{text}'
 
 
@@ -171,7 +174,7 @@ def command(row: Row) -> str:
 
 
 def bars(rows: List[Row]) -> List[Tuple[str, List[float]]]:
-    """Returns what `draw_speed` draws, with its labels: values in the order of `COLOURS`, NaN for what is missing."""
+    """Returns labels and values for `draw_speed`. The values are in the order of `COLOURS`, NaN if not measured."""
     found = []
     for case, suffix in ('eval', ' folded'), ('compiled', ' folded'), ('train', ''), ('compiled train', ''):
         for layout in 'channels_last', 'NCHW':
@@ -184,7 +187,7 @@ def bars(rows: List[Row]) -> List[Tuple[str, List[float]]]:
 
 
 def draw_speed(bars: List[Tuple[str, List[float]]], file: Path) -> None:
-    """Bars: the speed of each network over that of ResNeXt-50 in the same run, folded where it is inference."""
+    """Draws bars: the speed of each network over ResNeXt-50 in the same run. For inference, all are folded."""
     fig, ax = plt.subplots(figsize=(8, 0.5 + 0.85 * len(bars)), layout='constrained')
     height = 0.8 / len(COLOURS)
     for j, (name, colour) in enumerate(COLOURS.items()):
@@ -197,7 +200,7 @@ def draw_speed(bars: List[Tuple[str, List[float]]], file: Path) -> None:
     ax.axvline(1, color='black', lw=1, ls='--')
     ax.set_yticks([i + 0.3 for i in range(len(bars))], [label for label, _ in bars], fontsize=8)
     ax.invert_yaxis()
-    ax.set_xlabel('speed over that of ResNeXt-50 32x4d in the same run (dashed: 1)')
+    ax.set_xlabel('speed relative to ResNeXt-50 32x4d in the same run (dashed: 1)')
     ax.spines[['top', 'right']].set_visible(False)
     fig.legend(loc='outside upper center', ncols=len(COLOURS), frameon=False)
     fig.savefig(file, dpi=110)
@@ -205,7 +208,7 @@ def draw_speed(bars: List[Tuple[str, List[float]]], file: Path) -> None:
 
 
 def draw_scaling(rows: List[Row], file: Path) -> None:
-    """Curves: time over multiply-accumulates, both logarithmic, with a line of slope 1."""
+    """Draws curves: time over MACs, on logarithmic axes, with a line of slope 1."""
     curves = list(dict.fromkeys(row['settings']['curve'] for row in rows))
     titles = {'size': 'image size, batch 1', 'batch': 'batch, 224x224', 'M': 'branches M, batch 8'}
     fig, axes = plt.subplots(1, len(curves), figsize=(10, 3.4), layout='constrained', squeeze=False)
@@ -241,25 +244,30 @@ def report(rows: List[Row], name: str) -> str:
     machines = Counter(json.dumps(row['machine'], sort_keys=True) for row in rows)
     parts = [
         '# Results',
-        'Written by `benchmarks/report.py` from `results.json`; `benchmarks/run.sh` measures it all again. Times are '
-        'medians over rounds in which every network runs once in the same process; ratios are taken within a round, '
-        'and their median is shown: 1.10 over another network is 1.10 times its speed. NCHW is the contiguous layout. '
-        'Networks that are the same (timm_sknet, timm SK, pytorchcv) have the same weights, and their outputs are '
-        'compared before they are timed. "memory-efficient" is timm_sknet with `memory_efficient=True`. '
-        '"attention-free" is the same network with V = U_1 + U_2, which no SK convolution of these branches can beat. '
-        'holocron (pylocron) is another network: 35M parameters, sigmoid before the softmax, 10 classes.',
+        'This page is generated by `benchmarks/report.py` from `results.json`. To measure again, run '
+        '`benchmarks/run.sh`. In each round, every network runs once in the same process. Times are medians over the '
+        'rounds. Ratios are computed within a round, and their median is shown: a ratio of 1.10 over another network '
+        'means 1.10 times its speed.',
+        '- NCHW is the contiguous layout.\n'
+        '- timm_sknet, timm SK and pytorchcv are implementations of the same network. They have the same weights, and '
+        'their outputs are compared before they are timed.\n'
+        '- "memory-efficient" is timm_sknet with `memory_efficient=True`.\n'
+        '- "attention-free" is the same network with V = U_1 + U_2 instead of attention. It is the upper limit for the '
+        'speed of an SK network with these branches.\n'
+        '- holocron (pylocron) is a different network: 35M parameters, sigmoid before the softmax, 10 classes.',
         *(f'Machine: {", ".join(f"{k} {v}" for k, v in json.loads(m).items() if v)}.' for m in machines),
         f'## In short\n\n{summary(rows)}',
         f'## Targets\n\n{targets(rows)}',
-        'The last column is what attention-free reaches, so the limit of any SK network with these branches. What '
-        'bounds it: a branch more is a grouped convolution more, and a map more to normalise, activate and add up. '
-        'That is little arithmetic, but on the largest maps grouped convolutions run at a fraction of the speed of 1x1 '
-        'convolutions (last table), so time grows faster than multiply-accumulates with M, without any attention too '
-        '(exponents). Folding could rewrite these convolutions, exactly, into fewer and larger pieces; it does not, as '
-        'that pays only where it is above 1 in the last table at every size and batch. The compiler makes the same few '
-        'loops of any way to write select. That a compiled model is one graph for all batches, that an exported one '
-        'has no needless operators, and what a unit costs in operators and memory, is held by `tests/test_costs.py` '
-        'and `tests/test_memory_efficient.py`.',
+        'The last column shows the ratio of the attention-free network, which is the limit for any SK network with '
+        'these branches. The limit has this reason: each additional branch adds a grouped convolution, and a map that '
+        'must be normalised, activated and added. This is little arithmetic. But on the largest maps, grouped '
+        'convolutions run at a fraction of the speed of 1x1 convolutions (last table). Time therefore grows faster '
+        'with M than the multiply-accumulates do, even without attention (see the exponents).',
+        'Folding could replace these convolutions exactly by fewer and larger ones. It does not, because this is only '
+        'faster where the ratio in the last table is above 1 at every size and batch. The compiler generates the same '
+        'loops for every way to write the selection. Tests check that a compiled model is one graph for all batch '
+        'sizes, that an exported model has no unnecessary operators, and how many operators and how much memory a unit '
+        'needs: `tests/test_costs.py` and `tests/test_memory_efficient.py`.',
     ]
     if bars(rows):
         parts.append(f'![Speed over ResNeXt-50]({name}_speed.png)')
@@ -277,11 +285,11 @@ def report(rows: List[Row], name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('results', type=rows_of, help='JSON that the benchmarks have written with --out')
-    parser.add_argument('out', type=Path, help='Markdown, beside which pictures are put')
+    parser.add_argument('results', type=rows_of, help='JSON file written by the benchmarks with --out')
+    parser.add_argument('out', type=Path, help='Markdown file; the figures are written to the same folder')
     args = parser.parse_args()
     if args.out.is_dir() or not args.out.parent.is_dir():
-        parser.error(f'argument out: must be a file in a folder that exists, got {str(args.out)!r}')
+        parser.error(f'argument out: must be a file in an existing folder, got {str(args.out)!r}')
     rows = args.results
     if speeds := bars(rows):
         draw_speed(speeds, args.out.with_name(f'{args.out.stem}_speed.png'))

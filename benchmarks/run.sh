@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Measures everything that RESULTS.md shows and writes it again: benchmarks/run.sh [ROUNDS], on a machine that does
-# nothing else. Takes 40 minutes on two cores. Wants the extra `bench`; the first step installs pylocron, which pins old
-# versions of huggingface_hub and pillow, without its dependencies into a folder of its own.
+# Usage: benchmarks/run.sh [ROUNDS]
+# Runs all benchmarks and writes RESULTS.md. Takes 40 minutes on two cores; the machine must be idle. Requires the extra
+# `bench`. The first step installs pylocron into a separate folder, without its dependencies, because it requires old
+# versions of huggingface_hub and pillow.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-../.venv/bin/python}
@@ -12,7 +13,7 @@ out=(--out results.json)
 "$python" -m pip install -q --no-deps --target ../.cache/pylocron pylocron==0.3.0 fastprogress==1.0.3
 export PYTHONPATH=../.cache/pylocron PYTHONWARNINGS=ignore
 
-alike=(timm_sknet attention-free 'timm SK' 'timm ResNeXt')  # compilation takes a minute for each of the others
+alike=(timm_sknet attention-free 'timm SK' 'timm ResNeXt')  # compiling each other network would take a minute
 
 speed() { "$python" speed.py "${out[@]}" --rounds "$rounds" "$@"; }
 

@@ -1,9 +1,10 @@
-"""How the time of SKNet-50 grows with image size, batch and number of branches, against its multiply-accumulates.
+"""Measures how the time of SKNet-50 grows with image size, batch and number of branches, compared with its MACs.
 
     python benchmarks/scaling.py --out results.json
 
-Inference, folded. The exponent is the slope of log time over log MACs: 1 where time grows as the arithmetic does. Each
-point is measured beside the attention-free network, which is the floor, and beside itself in the other layout.
+The networks are folded, for inference. The exponent is the slope of log time over log MACs: with 1, time grows in
+proportion to the arithmetic. Each point is compared with the attention-free network, which is the lower limit of the
+time, and with the same network in the other layout.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
 
 
 def exponent(rows: List[Dict[str, Any]], floor: bool = False) -> float:
-    """Returns how the time, or that of the attention-free network, grows with the MACs."""
+    """Returns the exponent of the time over the MACs; with `floor`, of the time of the attention-free network."""
     y = [row['floor'] if floor else row['quartiles'][1] for row in rows]
     return float(np.polyfit(np.log([row['macs'] for row in rows]), np.log(y), 1)[0])
 

@@ -1,10 +1,11 @@
-"""Times an SKNet beside its peers, in one process: rounds in which each runs once, ratios within a round, medians.
+"""Compares the speed of an SKNet with other networks in one process.
 
     python benchmarks/speed.py --model sknet50 --case eval --layout channels_last --batch 8 --out results.json
 
-Puts its rows into the JSON file that --out names, from which `report.py` makes tables; prints them as Markdown. Outputs
-are compared before anything is timed, where the networks are the same. Where there is a GPU it runs there, under AMP;
-`onnx` and `openvino` run on the CPU, on one exported file.
+In each round, every network runs once. Ratios are computed within a round, and their median is reported. The results
+are printed as Markdown and, with --out, added to a JSON file for `report.py`. Before timing, the outputs of
+implementations of the same network are compared. If there is a GPU, the networks run on it, with AMP. The cases `onnx`
+and `openvino` run on the CPU, from an exported file.
 """
 
 import argparse
@@ -24,7 +25,7 @@ Run = Callable[[], Any]
 
 
 def runners(case: str, make: Callable[[], nn.Module], x: torch.Tensor) -> Dict[str, Run]:
-    """Returns what is timed, by the suffix of its name: as it is and folded; in training, as it is and checkpointed."""
+    """Returns the functions to time, by suffix of the name: plain and folded, or in training plain and checkpointed."""
     layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     if case in EXPORTED:
         return {' folded': EXPORTED[case](folded(make()), x)}
@@ -85,20 +86,20 @@ EXPORTED = {'onnx': onnxruntime_session, 'openvino': openvino_model}
 
 
 def check(outputs: Dict[str, torch.Tensor], loose: bool) -> None:
-    """Compares the outputs of networks that are the same.
+    """Checks that implementations of the same network have the same output.
 
     Raises:
-        RuntimeError: Where one is another network after all.
+        RuntimeError: If the output of one differs.
     """
     reference = next(output for name, output in outputs.items() if name.startswith('timm_sknet')).float()
     for name, output in outputs.items():
         distance = ((output.float() - reference).abs().max() / reference.abs().max()).item()
         if not distance < (0.05 if loose else 1e-4):
-            raise RuntimeError(f'{name} is another network: its output differs by {distance:.1e}.')
+            raise RuntimeError(f'{name} is not the same network: its output differs by {distance:.1e}.')
 
 
 def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
-    """Returns a row for each contender; ratios are its speed over that of others, in the median of the rounds."""
+    """Returns a row for each network. Its ratios are its speed over the speed of each other network."""
     x = images(args.batch, args.size, args.layout)
     if args.case in EXPORTED:
         x = x.cpu()
@@ -128,7 +129,7 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
 
 
 def table(rows: List[Dict[str, Any]]) -> str:
-    """Returns the rows as Markdown: milliseconds, and speed over each reference."""
+    """Returns the rows as Markdown, with milliseconds and the speed over each reference network."""
     references = [row['contender'] for row in rows if not row['contender'].startswith(OURS_AND_GUESTS)]
     lines = [['', 'median ms', 'quartiles', 'least', *(f'over {name}' for name in references)]]
     for row in rows:
@@ -146,7 +147,7 @@ def main() -> None:
     parser = options(__doc__, batch=8, size=224, rounds=10, warmup=2, repeats=1)
     parser.add_argument('--model', choices=model_cfgs, default='sknet50')
     parser.add_argument('--case', choices=CASES, default='eval')
-    parser.add_argument('--only', nargs='+', metavar='NETWORK', help='leave out the others')
+    parser.add_argument('--only', nargs='+', metavar='NETWORK', help='time only these networks')
     args = parser.parse_args()
     known = list(contenders(args.model))
     if args.only and ('timm_sknet' not in args.only or not set(args.only) <= set(known)):

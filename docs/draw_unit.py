@@ -1,4 +1,7 @@
-"""Draws docs/sk_unit.png, the SK convolution of two branches as the README shows it: python docs/draw_unit.py"""
+"""Draws docs/sk_unit.png: an SK convolution with two branches.
+
+python docs/draw_unit.py
+"""
 
 from pathlib import Path
 
@@ -8,11 +11,11 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
-NARROW, WIDE, PLAIN = '#0072b2', '#d55e00', '#444444'  # Okabe and Ito's palette, told apart by the colour-blind
+NARROW, WIDE, PLAIN = '#0072b2', '#d55e00', '#444444'  # Okabe and Ito's palette, safe for colour-blind readers
 
 
 def box(ax, x, y, text, width=1.9, height=0.8, color=PLAIN, fill='white', size=10):
-    """Draws a box around (x, y) and returns its left and right ends."""
+    """Draws a box around (x, y) and returns its left and right edges."""
     ax.add_patch(
         FancyBboxPatch(
             (x - width / 2, y - height / 2),
@@ -29,7 +32,7 @@ def box(ax, x, y, text, width=1.9, height=0.8, color=PLAIN, fill='white', size=1
 
 
 def arrow(ax, *points, color=PLAIN):
-    """Draws a line through the points with a head at the last."""
+    """Draws an arrow through the points."""
     xs, ys = zip(*points[:-1])
     ax.plot(xs, ys, color=color, lw=1.4, solid_capstyle='round')
     ax.annotate(

@@ -1,7 +1,7 @@
-"""The authors' Caffe networks, written a second time: layers, files and forward pass, from the facts about them alone.
+"""A reference implementation of the authors' Caffe networks: layers, files and forward pass.
 
-Nothing of timm_sknet, timm or protobuf is used here, so that what agrees with this module agrees with Caffe
-for a reason of its own. Blobs are dicts from a layer's name to the list of its float32 arrays.
+It is independent: it does not use timm_sknet, timm or protobuf. Blobs are dicts from the name of a layer to the list of
+its float32 arrays.
 """
 
 import math
@@ -17,17 +17,17 @@ Blobs = Dict[str, List[np.ndarray]]
 
 # Arguments of layers().
 SKNET50 = dict(depths=(3, 4, 6, 3))
-SKNET101 = dict(depths=(3, 4, 23, 3), attn_widths=(32, 16, 32, 64))  # 16: the shipped file breaks max(C / 16, 32)
+SKNET101 = dict(depths=(3, 4, 23, 3), attn_widths=(32, 16, 32, 64))  # 16 as in the authors' file, not max(C / 16, 32)
 TINY = dict(depths=(2, 2, 1, 1), mid_widths=(32, 32, 64, 64), widths=(32, 64, 96, 128), attn_widths=(8, 4, 8, 16))
 BGR_MEAN = (104.0, 117.0, 123.0)
 
 BATCH_NORM = 'CuDNNBatchNorm'
 BATCH_NORM_EPS = 1e-5
-GROUPS = 32  # a part of the names: 3x3g32
+GROUPS = 32  # also a part of the layer names: 3x3g32
 
 
 class Layer(NamedTuple):
-    """A layer of the graph; options are those of the message that its type has in caffe.proto."""
+    """A layer of the graph. Its options are the fields of the message for its type in caffe.proto."""
 
     name: str
     type: str
@@ -45,15 +45,18 @@ def layers(
     stem_width: int = 64,
     num_classes: int = 1000,
 ) -> List[Layer]:
-    """The network's layers in Caffe's order.
+    """Returns the layers of the network in Caffe's order.
 
-    Names and blobs are the authors'. The names of layers without blobs are ours: no converter may depend on them.
+    Layers with blobs have the names in the authors' files. The names of other layers are invented: a converter must not
+    depend on them.
 
     Args:
         depths: Units in each of the stages conv2 to conv5.
-        mid_widths: Channels of the SK convolutions of a stage, multiples of 32.
-        widths: Channels of a stage's output.
-        attn_widths: Channels of z in a stage.
+        mid_widths: Channels of the SK convolutions of each stage, multiples of 32.
+        widths: Output channels of each stage.
+        attn_widths: Channels of z in each stage.
+        stem_width: Output channels of the stem.
+        num_classes: Number of classes.
     """
     graph = []
 
@@ -103,7 +106,7 @@ def layers(
 
 
 def parameter_count(graph: Sequence[Layer]) -> int:
-    """Learnable numbers, which a batch normalisation's last two blobs, the statistics, are not."""
+    """Returns the number of learnable parameters: all blobs except the last two of a batch norm, its statistics."""
     return sum(
         math.prod(shape)
         for layer in graph
@@ -111,16 +114,16 @@ def parameter_count(graph: Sequence[Layer]) -> int:
     )  # fmt: skip
 
 
-# Of random normalisations: the last of a unit adds to all that came before, and z must move the softmax, though not to
-# its ends, and not be 0 throughout where it is narrow.
+# Mean weight and bias of random batch norms. The last one of a unit is small, because its output is added to the
+# shortcut. The one of z keeps the attention away from 0, 1 and 1/2.
 GAIN_AND_SHIFT = {'1x1_increase/bn': (0.15, 0.0), 'B_fc1/bn': (0.25, 0.25)}
 
 
 def random_blobs(graph: Sequence[Layer], seed: int = 0) -> Blobs:
-    """Random blobs that keep activations near 1 through the network, and the attention off 0 and 1.
+    """Returns random blobs that keep activations near 1, and the attention away from 0 and 1.
 
-    He's initialisation does so for the convolutions: a variance of 1 stays about 1. The stem's statistics are those of
-    pixels.
+    Convolutions have He's initialisation, which keeps the variance. The statistics of the stem are for pixels from 0 to
+    255.
     """
     rng = np.random.default_rng(seed)
 
@@ -151,10 +154,10 @@ def random_blobs(graph: Sequence[Layer], seed: int = 0) -> Blobs:
     return blobs
 
 
-# The wire format of protobuf: a message is a row of fields, a field a tag (its number and encoding) and a value.
+# Protobuf's wire format: a message is a sequence of fields, and a field is a tag (its number and encoding) and a value.
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
-OPTIONS = {  # where caffe.proto has a type's options, and their numbers
+OPTIONS = {  # field numbers in caffe.proto: the options of a type, and each option
     'Convolution': (
         106,
         dict(num_output=1, bias_term=2, pad=3, kernel_size=4, group=5, stride=6, dilation=18),
@@ -166,7 +169,7 @@ OPTIONS = {  # where caffe.proto has a type's options, and their numbers
 
 
 def varint(n: int) -> bytes:
-    """Seven bits a byte, lowest first; the eighth says that more follow. Negative numbers as 64 bits."""
+    """Encodes an integer: 7 bits a byte, lowest first; the 8th bit is set if more bytes follow. Negative: 64 bits."""
     n &= 2**64 - 1
     out = bytearray()
     while n > 127:
@@ -180,7 +183,7 @@ def tag(number: int, wire_type: int) -> bytes:
 
 
 def field(number: int, value: Union[int, float, str, bytes]) -> bytes:
-    """One field: an int as a varint, a float in 32 bits, text or a message (bytes) behind its length."""
+    """Encodes a field: an int as a varint, a float in 32 bits, text or a message (bytes) with its length."""
     if isinstance(value, int):
         return tag(number, VARINT) + varint(value)
     if isinstance(value, float):
@@ -190,33 +193,33 @@ def field(number: int, value: Union[int, float, str, bytes]) -> bytes:
 
 
 def repeated(number: int, values: np.ndarray, packed: bool) -> bytes:
-    """A field of many float32 or float64: packed into one value, or, as in old files, each with its tag."""
+    """Encodes a field of many floats: packed into one value or, as in old files, each with its own tag."""
     values = values.astype(values.dtype.newbyteorder('<')).ravel()
     if packed:
         return field(number, values.tobytes())
-    rows = np.empty(values.size, [('tag', 'u1'), ('value', values.dtype)])  # the tag of a number below 16 is one byte
+    rows = np.empty(values.size, [('tag', 'u1'), ('value', values.dtype)])  # a tag below 16 takes one byte
     rows['tag'] = number << 3 | (FIXED32 if values.itemsize == 4 else FIXED64)
     rows['value'] = values
     return rows.tobytes()
 
 
 def blob_proto(blob: np.ndarray, packed: bool = True, double: bool = False, legacy: bool = False) -> bytes:
-    """A BlobProto, its fields in ascending order as protobuf writes them: numbers come before a shape in field 7."""
+    """Encodes a BlobProto. The fields are in ascending order, as protobuf writes them."""
     out = b''
     if legacy:
-        shape = (1,) * (4 - blob.ndim) + blob.shape  # old blobs had four axes, the first ones of size 1
+        shape = (1,) * (4 - blob.ndim) + blob.shape  # old blobs have four axes; the first ones have size 1
         out += b''.join(field(number, size) for number, size in enumerate(shape, start=1))
     if not double:
         out += repeated(5, blob, packed)
     if not legacy:
-        out += field(7, field(1, b''.join(varint(n) for n in blob.shape)))  # packed from the day that Caffe had it
+        out += field(7, field(1, b''.join(varint(n) for n in blob.shape)))  # Caffe has always packed this field
     if double:
         out += repeated(8, blob.astype(np.float64), packed)
     return out
 
 
 def layer_parameter(layer: Layer, blobs: Sequence[np.ndarray] = (), extras: bool = True, **blob_options: bool) -> bytes:
-    """A LayerParameter; without extras only what a reader of weights needs."""
+    """Encodes a LayerParameter. Without extras, it contains only the fields that a reader of weights needs."""
     out = field(1, layer.name) + field(2, layer.type)
     if extras:
         out += b''.join(field(3, name) for name in layer.bottoms)
@@ -224,7 +227,7 @@ def layer_parameter(layer: Layer, blobs: Sequence[np.ndarray] = (), extras: bool
         out += b''.join(field(6, field(3, 1.0) + field(4, 1.0)) for _ in blobs)  # ParamSpec: lr_mult, decay_mult
     out += b''.join(field(7, blob_proto(blob, **blob_options)) for blob in blobs)
     if extras:
-        out += field(10, 0)  # phase: a snapshot's is TRAIN
+        out += field(10, 0)  # phase: TRAIN in a snapshot
         if layer.type in OPTIONS:
             number, numbers = OPTIONS[layer.type]
             options = sorted((numbers[name], value) for name, value in layer.options.items())
@@ -248,10 +251,10 @@ def write_caffemodel(
         path: The file.
         graph: All layers; those without blobs are written with extras only.
         blobs: Arrays of each layer.
-        packed: The numbers of a blob in one field instead of a field each.
-        double: Numbers in double_data instead of data.
-        legacy: Shapes as num, channels, height, width instead of a BlobShape.
-        extras: Also writes what a file by Caffe has and a reader of weights must skip.
+        packed: Write the numbers of a blob into one field instead of one field for each number.
+        double: Write the numbers to double_data instead of data.
+        legacy: Write shapes as num, channels, height, width instead of a BlobShape.
+        extras: Also write the parts of a Caffe file that a reader of weights must skip.
     """
     with open(path, 'wb') as file:
         if extras:
@@ -264,7 +267,7 @@ def write_caffemodel(
 
 
 def caffe_max_pool(x: torch.Tensor, kernel: int = 3, stride: int = 2) -> torch.Tensor:
-    """Caffe's max-pool without padding; an incomplete last window counts, one that starts beyond the input does not.
+    """Computes Caffe's max pooling without padding. The last window can be incomplete, but must start in the input.
 
     Args:
         x: (B, C, H, W).
@@ -287,7 +290,7 @@ def caffe_max_pool(x: torch.Tensor, kernel: int = 3, stride: int = 2) -> torch.T
 
 
 class Net:
-    """The layers that have blobs, each applied by its name, in float64."""
+    """Applies layers with blobs by their names, in float64."""
 
     def __init__(self, blobs: Blobs, record: Optional[Dict[str, torch.Tensor]] = None):
         self.blobs = blobs
@@ -297,7 +300,7 @@ class Net:
         return [torch.from_numpy(blob).double() for blob in self.blobs[name]]
 
     def conv(self, name: str, x: torch.Tensor, **options: int) -> torch.Tensor:
-        """(B, C_in, H, W) -> (B, C, H', W'), with the layer's batch normalisation where it has one."""
+        """Applies a convolution and its batch norm, if it has one: (B, C_in, H, W) -> (B, C, H', W')."""
         x = F.conv2d(x, *self.blob(name), **options)
         if f'{name}/bn' in self.blobs:
             scale, bias, mean, variance = self.blob(f'{name}/bn')
@@ -305,7 +308,7 @@ class Net:
         return x
 
     def unit(self, name: str, x: torch.Tensor, stride: int) -> torch.Tensor:
-        """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
+        """Applies a unit: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
         proj = f'{name}/1x1_proj'
         shortcut = self.conv(proj, x, stride=stride) if proj in self.blobs else x
         x = self.conv(f'{name}/1x1_reduce', x).relu()
@@ -323,12 +326,12 @@ class Net:
 
 @torch.no_grad()
 def forward(blobs: Blobs, x: torch.Tensor, record: Optional[Dict[str, torch.Tensor]] = None) -> torch.Tensor:
-    """Logits (B, classes) in float64.
+    """Returns the logits (B, classes) in float64.
 
     Args:
-        blobs: Those of a network of any depth.
-        x: (B, 3, H, W), channels B, G, R, 0 to 255 less BGR_MEAN.
-        record: Receives each unit's output under its name and its attention to the 3x3 branch under NAME/a1.
+        blobs: The blobs of a network of any depth.
+        x: (B, 3, H, W), channels B, G, R, from 0 to 255, minus BGR_MEAN.
+        record: Receives the output of each unit as NAME, and its attention to the first branch as NAME/a1.
     """
     net = Net(blobs, record)
     x = caffe_max_pool(net.conv('conv1/7x7_s2', x.double(), stride=2, padding=3).relu())
@@ -342,6 +345,6 @@ def forward(blobs: Blobs, x: torch.Tensor, record: Optional[Dict[str, torch.Tens
 
 
 def preprocess(pixels: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) RGB pixels of 8 bits -> the network's input (1, 3, H, W), float64."""
+    """Converts RGB pixels of 8 bits, (H, W, 3), to the input of the network, (1, 3, H, W), float64."""
     bgr = torch.from_numpy(pixels[..., ::-1].astype(np.float64))
     return (bgr - torch.tensor(BGR_MEAN, dtype=torch.float64)).permute(2, 0, 1)[None]

@@ -11,7 +11,7 @@ TIMM_REPO = 'timm/skresnext50_32x4d.ra_in1k'
 
 @pytest.fixture(scope='session')
 def theirs():
-    """timm's own SKNet-50, its weights and statistics far from their initial values; not to be changed."""
+    """timm's own SKNet-50, with weights and statistics far from their initial values. Tests must not change it."""
     torch.manual_seed(0)
     model = timm.create_model('skresnext50_32x4d')
     for m in model.modules():
@@ -25,7 +25,7 @@ def theirs():
 
 @pytest.fixture(scope='session')
 def repo(theirs, tmp_path_factory) -> Path:
-    """A folder for the loopback server to serve, with timm's repository in it."""
+    """A folder for the loopback server that contains timm's repository."""
     folder = tmp_path_factory.mktemp('hub')
     (folder / TIMM_REPO).mkdir(parents=True)
     save_file(theirs.state_dict(), folder / TIMM_REPO / 'model.safetensors')

@@ -1,4 +1,4 @@
-"""A server on loopback that answers what huggingface_hub asks to load files down and up, and the faults it can have."""
+"""A loopback server for the downloads and uploads of huggingface_hub, which can simulate faults."""
 
 import base64
 import hashlib
@@ -18,18 +18,18 @@ from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 @dataclass
 class Fault:
-    """What goes wrong with the requests for one file.
+    """A fault in the answers to the requests for one file.
 
     Args:
-        status: HTTP status of the answer, which then holds no file.
-        code: The Hub's own word for that error, as `X-Error-Code`.
-        body: Makes of the file what is sent in its place, under the headers of the file but with its own length.
-        stop: Bytes after which nothing more is sent.
-        delay: Seconds of silence: there, before the connection ends; without `stop`, before the answer.
-        reset: End the connection by a reset, as a broken line does, rather than in order.
-        method: The requests that it hits, 'HEAD', 'GET' or '' for both.
-        times: The first requests that it hits; those that follow are answered as they should be.
-        file: The name of the file.
+        status: HTTP status of the answer. If it is not 200, the file is not sent.
+        code: The Hub's code of the error, sent as `X-Error-Code`.
+        body: Returns the bytes to send instead of the file. Only the length header is adapted to them.
+        stop: Number of bytes after which the server stops sending.
+        delay: Seconds that the server waits: after `stop` bytes, or before the answer if `stop` is None.
+        reset: Reset the connection instead of closing it.
+        method: Requests that the fault affects: 'HEAD', 'GET' or '' for both.
+        times: Number of requests that the fault affects; later requests are answered correctly.
+        file: Name of the file.
     """
 
     status: int = 200
@@ -55,7 +55,7 @@ HEALTHY = Fault()
 
 @lru_cache
 def etag(path: Path, mtime: int) -> str:
-    """Returns what the Hub tells of a file: its sha256 if it is large and so in LFS, else git's name of it."""
+    """Returns the Hub's ETag of a file: its sha256 if it is large and so in LFS, else its git hash."""
     data = path.read_bytes()
     if path.suffix in ('.safetensors', '.bin'):
         return hashlib.sha256(data).hexdigest()
@@ -63,7 +63,7 @@ def etag(path: Path, mtime: int) -> str:
 
 
 def commit(repository: Path) -> str:
-    """Returns 40 hex digits that change with every change of the files."""
+    """Returns 40 hex digits that change whenever the files change."""
     files = [(str(path), path.stat().st_mtime_ns) for path in sorted(repository.rglob('*'))]
     return hashlib.sha1(repr(files).encode()).hexdigest()
 
@@ -72,8 +72,8 @@ def commit(repository: Path) -> str:
 def hub(folder: Path, fault: Optional[Fault] = None) -> Iterator[str]:
     """Serves folder/ORG/NAME/FILE as the file of a Hub repository; yields the address for HF_ENDPOINT.
 
-    Uploads come to lie there too: those of a branch in folder/ORG/NAME@BRANCH, that a repository is private in a file
-    `.private`. The token 'hf_write' may do all of it, 'hf_read' nothing.
+    Uploads are written to the same folder, those to a branch to folder/ORG/NAME@BRANCH. A file `.private` marks a
+    private repository. The token 'hf_write' has all rights, 'hf_read' has none.
     """
     large: Dict[str, bytes] = {}  # uploads to LFS by sha256
 
@@ -194,7 +194,7 @@ def hub(folder: Path, fault: Optional[Fault] = None) -> Iterator[str]:
             pass
 
     server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)  # s, how soon it can end
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)  # s between checks for the end
     thread.start()
     address = f'http://127.0.0.1:{server.server_port}'
     try:

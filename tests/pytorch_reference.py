@@ -1,6 +1,7 @@
-"""The authors' PyTorch variant (SK-ResNet-50* and -101*) written a second time, from the facts about it alone.
+"""A reference implementation of the authors' PyTorch variant (SK-ResNet-50* and SK-ResNet-101*).
 
-A state is a flat dict of tensors with the keys of the authors' checkpoints; nothing of timm_sknet or timm is used.
+It is independent: it does not use timm_sknet or timm. A state is a flat dict of tensors with the keys of the authors'
+checkpoints.
 """
 
 import math
@@ -16,8 +17,8 @@ State = Dict[str, torch.Tensor]
 SK_RESNET50 = (3, 4, 6, 3)
 SK_RESNET101 = (3, 4, 23, 3)
 TINY = dict(depths=(2, 1, 1, 2), planes=(64, 96, 64, 64), num_classes=10)
-# Of random normalisations: the last of a block adds to all that came before, and z must move the softmax, though not to
-# its ends, and not be 0 throughout where it is narrow.
+# Mean weight and bias of random batch norms. The last one of a block is small, because its output is added to the
+# shortcut. The one of z keeps the attention away from 0, 1 and 1/2.
 GAIN_AND_SHIFT = {'bn3': (0.15, 0.0), 'bn_fc1': (0.25, 0.25)}
 EXPANSION = 4
 GROUPS = 32
@@ -31,7 +32,7 @@ def shapes(
     planes: Sequence[int] = (64, 128, 256, 512),
     num_classes: int = 1000,
 ) -> Dict[str, Tuple[int, ...]]:
-    """Shapes of the learnable tensors by key, in the network's order; each batch normalisation has weight and bias."""
+    """Returns the shapes of the learnable tensors by key, in the order of the network."""
     out = {}
 
     def conv(key: str, c_in: int, c: int, kernel: int = 1, norm: str = '') -> None:
@@ -68,15 +69,15 @@ def random_state(
     prefix: str = 'module.',
     tracked: bool = True,
 ) -> State:
-    """A random state that keeps activations near 1 and the attention off 0 and 1.
+    """Returns a random state that keeps activations near 1, and the attention away from 0 and 1.
 
     Args:
-        depths: Blocks of each layer.
+        depths: Number of blocks in each layer.
         planes: Channels of the SK convolutions of each layer, multiples of 32.
-        num_classes: Classes of fc.
-        seed: Of all the tensors.
-        prefix: In front of every key; the authors trained in nn.DataParallel, which puts 'module.' there.
-        tracked: Adds num_batches_tracked, as torch has done since 0.4.1.
+        num_classes: Number of classes.
+        seed: Random seed.
+        prefix: Prefix of all keys. The authors trained in nn.DataParallel, which adds 'module.'.
+        tracked: Add num_batches_tracked, as torch does since 0.4.1.
     """
     rng = np.random.default_rng(seed)
 
@@ -109,7 +110,7 @@ def random_state(
 
 
 class Net:
-    """The convolutions of a state, each applied by its key, in float64."""
+    """Applies the convolutions of a state by their keys, in float64."""
 
     def __init__(self, state: State, record: Optional[Dict[str, torch.Tensor]] = None):
         self.state = {key.removeprefix('module.'): value for key, value in state.items()}
@@ -124,7 +125,7 @@ class Net:
         return (x - mean) / (var + BATCH_NORM_EPS).sqrt() * weight + bias
 
     def block(self, name: str, x: torch.Tensor, stride: int) -> torch.Tensor:
-        """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
+        """Applies a block: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
         shortcut = x
         if f'{name}.downsample.0.weight' in self.state:
             shortcut = self.conv(f'{name}.downsample.0', f'{name}.downsample.1', x, stride=stride)
@@ -143,12 +144,12 @@ class Net:
 
 @torch.no_grad()
 def forward(state: State, images: torch.Tensor, record: Optional[Dict[str, torch.Tensor]] = None) -> torch.Tensor:
-    """Logits (B, classes) in float64.
+    """Returns the logits (B, classes) in float64.
 
     Args:
-        state: That of a network of any depth.
-        images: (B, 3, H, W), channels R, G, B, 0 to 1, less RGB_MEAN and divided by RGB_STD.
-        record: Receives each block's output under its name and its attention to the dense branch under NAME.a1.
+        state: The state of a network of any depth.
+        images: (B, 3, H, W), channels R, G, B, from 0 to 1, minus RGB_MEAN, divided by RGB_STD.
+        record: Receives the output of each block as NAME, and its attention to the dense branch as NAME.a1.
     """
     net = Net(state, record)
     x = net.conv('conv1', 'bn1', images.double(), stride=2, padding=3).relu()
@@ -162,7 +163,7 @@ def forward(state: State, images: torch.Tensor, record: Optional[Dict[str, torch
 
 
 def preprocess(pixels: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) RGB pixels of 8 bits -> the network's input (1, 3, H, W), float64."""
+    """Converts RGB pixels of 8 bits, (H, W, 3), to the input of the network, (1, 3, H, W), float64."""
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in (RGB_MEAN, RGB_STD))
     return ((torch.from_numpy(pixels.astype(np.float64)) / 255 - mean) / std).permute(2, 0, 1)[None]
 
@@ -172,10 +173,10 @@ def write_checkpoint(path: Union[str, Path], state: State, legacy: bool = True) 
 
     Args:
         path: The file, a .pth.tar.
-        state: The model's.
-        legacy: The format of 2019, before torch wrote zip archives.
+        state: The state of the model.
+        legacy: Use the file format from before torch wrote zip archives.
     """
-    # One parameter has to do for the optimizer's state: its buffers would double the file.
+    # the optimizer has one small parameter, because buffers for all weights would double the size of the file
     parameter = torch.nn.Parameter(torch.zeros(3))
     parameter.grad = torch.ones(3)
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, weight_decay=1e-4)

@@ -1,4 +1,4 @@
-"""Registration in processes that import only torch or timm; the package must be installed (its entry point counts)."""
+"""Registration in processes that import only torch or timm. The entry point needs an installed package."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from timm_sknet.sknets import model_cfgs
 
 @pytest.fixture
 def python(tmp_path):
-    """Runs code, or the files it is given, in a Python of its own; returns its standard output and error."""
+    """Runs code or files in a separate Python process; returns its standard output and error."""
 
     def run(code='', args=(), files=None, **env):
         for name, text in (files or {}).items():
@@ -51,7 +51,7 @@ print(json.dumps([
     assert err == ''
 
 
-# Under -W error a second registration fails: timm warns that it overwrites a name.
+# A second registration fails under -W error, because timm warns that it overwrites a name.
 @pytest.mark.parametrize('ours', ['import timm_sknet', 'from timm_sknet.layers import SelectiveKernelConv'])
 def test_importing_the_package_or_a_module_of_it_before_timm_registers_once(python, ours):
     code = f"{ours}\nimport timm\nassert timm.is_model('sknet50')"
@@ -71,7 +71,7 @@ assert timm.is_model('sknet50')
     )
 
 
-def test_import_torch_pays_less_than_15_ms_and_imports_no_timm(python):
+def test_the_hook_adds_less_than_15_ms_to_import_torch_and_does_not_import_timm(python):
     code = """
 import sys, time, torch
 from importlib.metadata import entry_points
@@ -85,7 +85,7 @@ assert not {'timm', 'timm_sknet'} & set(sys.modules)
     assert min(seconds) < 0.015
 
 
-# The parent imports torch and not timm: the hook must survive the fork, and be set anew where a process is spawned.
+# The parent imports torch but not timm. The hook must survive a fork, and a spawned process must install it again.
 def test_forked_and_spawned_loader_workers_have_our_models(python):
     files = {
         'main.py': """
@@ -116,10 +116,10 @@ def test_both_processes_of_torchrun_have_our_models(python):
     files = {'main.py': "import timm\nprint(timm.is_model('sknet50'))"}
     args = ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', 'main.py')
     out, _ = python(args=args, files=files)
-    assert out.split() in (['True', 'True'], ['TrueTrue'])  # two processes write to one pipe
+    assert out.split() in (['True', 'True'], ['TrueTrue'])  # both processes write to one pipe
 
 
-# By what is broken: the code that breaks it, the files that break it, the cause to name, Python's flag for warnings.
+# For each broken part: code and files that break it, the cause that the warning names, and Python's flag for warnings.
 BROKEN = {
     'timm': ("sys.modules['timm'] = None", {}, "ModuleNotFoundError: No module named 'timm'", 'default'),
     'what we need of timm': (
@@ -144,7 +144,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(('prelude', 'files', 'cause', 'flag'), BROKEN.values(), ids=BROKEN)
-def test_what_is_missing_or_broken_is_named_in_one_warning_and_torch_works(python, prelude, files, cause, flag):
+def test_a_broken_part_is_named_in_one_warning_and_torch_works(python, prelude, files, cause, flag):
     code = f"""
 import sys
 {prelude}
@@ -172,7 +172,7 @@ except ZeroDivisionError:
     assert err == ''
 
 
-# A finder that waits for the first thread's import of timm, while it keeps that thread from importing, never returns.
+# A finder must not wait for the import of timm in another thread, because it blocks that import: this would not end.
 def test_two_threads_may_import_timm_at_once(python):
     files = {
         'timm/__init__.py': 'import time\ntime.sleep(0.5)\nimport timm.layers, timm.models',
@@ -199,7 +199,7 @@ for thread in threads:
     assert (out, err) == ('registered\n', '')
 
 
-def test_names_that_others_have_registered_are_replaced_with_a_warning_of_timm_for_each(python):
+def test_names_registered_by_others_are_replaced_with_one_warning_each(python):
     theirs = """
 from timm.models import register_model
 

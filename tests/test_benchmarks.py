@@ -1,4 +1,4 @@
-"""The benchmarks run, on networks that are what they are said to be, and RESULTS.md shows what they measured."""
+"""The benchmarks run, they compare the intended networks, and RESULTS.md is generated from results.json."""
 
 import json
 import re
@@ -61,21 +61,21 @@ def test_memory_of_each_network_as_it_is_and_checkpointed(tmp_path):
 def test_scaling_counts_what_it_times(tmp_path):
     out = tmp_path / 'rows.json'
     shown = run('scaling.py', '--rounds', 1, '--warmup', 0, '--out', out)
-    assert shown.count('| batch |') == 6 + 1  # the points and their exponent
+    assert shown.count('| batch |') == 6 + 1  # six points and their exponent
     rows = {tuple(row['place'].values()): row for row in json.loads(out.read_text())}
     assert rows[224, 1, 2]['macs'] == pytest.approx(4.463e9, rel=0.005)
     assert rows[224, 8, 2]['macs'] == 8 * rows[224, 1, 2]['macs']
     assert rows[224, 8, 1]['macs'] < rows[224, 8, 2]['macs'] < rows[224, 8, 3]['macs']
 
 
-def test_the_report_is_of_the_results(tmp_path):
+def test_the_report_is_generated_from_the_results(tmp_path):
     run('report.py', BENCHMARKS / 'results.json', tmp_path / 'RESULTS.md')
     shown = (tmp_path / 'RESULTS.md').read_text()
     assert shown == (BENCHMARKS / 'RESULTS.md').read_text()
     for picture in re.findall(r'\]\((.*\.png)\)', shown):
         assert (tmp_path / picture).stat().st_size > 10_000 and (BENCHMARKS / picture).exists()
     summary = shown.split('## In short')[1].split('##')[0].strip()
-    assert summary in (BENCHMARKS.parent / 'README.md').read_text()
+    assert summary in (BENCHMARKS.parent / 'docs' / 'speed.md').read_text()
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,8 @@ def test_the_report_is_of_the_results(tmp_path):
         (['speed.py', '--only', 'nosuch'], "must be timm_sknet and any of ['attention-free'"),
         (['speed.py', '--model', 'resnet18'], "invalid choice: 'resnet18'"),
         (['memory.py', '--batch', '0'], "must be a whole number of at least 1, got '0'"),
-        (['scaling.py', '--out', 'nowhere/rows.json'], "there is no folder 'nowhere': make it first"),
-        (['report.py', __file__, 'RESULTS.md'], 'is no file that a benchmark has written with --out'),
+        (['scaling.py', '--out', 'nowhere/rows.json'], "the folder 'nowhere' does not exist, create it first"),
+        (['report.py', __file__, 'RESULTS.md'], 'is not a results file written by a benchmark with --out'),
     ],
     ids=lambda value: '' if isinstance(value, str) else ' '.join(value[:2]),
 )

@@ -1,4 +1,4 @@
-"""The oldest timm that pyproject.toml admits, from a folder of its own, in front of the installed one."""
+"""Tests with the oldest timm that pyproject.toml allows, imported from a separate folder."""
 
 import os
 import re
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def python(tmp_path):
-    """Runs a Python that imports the oldest timm; returns what it prints."""
+    """Runs a Python process that imports the oldest timm; returns its output."""
     assert (CACHE / 'oldest').is_dir(), f'{CACHE / "oldest"} is missing: `make test` installs timm {OLDEST} there'
 
     def run(*args, cwd=tmp_path, **env):
@@ -56,10 +56,10 @@ assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
         python('-c', script, HF_ENDPOINT=address, HF_HOME=str(tmp_path / 'cache'), HF_HUB_OFFLINE='0')
 
 
-def test_that_releases_own_tests_on_two_models(python):
+def test_timms_own_tests_pass_on_two_models(python):
     names = 'sknet12 or sk_shufflenetv2_x0_5'
     out = python('-m', 'pytest', '-p', 'timm_suite', 'tests/test_models.py', '-k', names, cwd=CACHE / f'timm-{OLDEST}')
-    # Of either model ten tests, and two of the pretrained weights of sknet12.
+    # Ten tests for each of the two models, and two for the pretrained weights of sknet12.
     assert re.search(r'= 22 passed, \d+ deselected', out), out[-2000:]
 
 
@@ -82,14 +82,14 @@ for name, overlay in ('sknet12', {'file': 'own.pth'}), ('local-dir:folder', None
     assert not os.path.exists('harm')
 """
     refused = python('-c', script).splitlines()
-    assert [re.search('No weights from (.*): It is not a PyTorch checkpoint', line)[1] for line in refused] == [
+    assert [re.search('Cannot load weights from (.*): not a PyTorch checkpoint', line)[1] for line in refused] == [
         'own.pth',
         'folder/pytorch_model.bin',
     ]
 
 
 def test_a_folder_loads(python):
-    """Of safetensors, which older releases of timm unpickle."""
+    """The folder has a safetensors file and a pickle; older releases of timm load the pickle."""
     script = """
 import timm, torch
 from timm.models import save_for_hf

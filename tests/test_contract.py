@@ -1,4 +1,4 @@
-"""What a process gets that imports timm alone: our models, and all that timm's scripts do with them."""
+"""Processes that import only timm, and timm's scripts, with our models."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from PIL import Image
 SCRIPTS = Path(os.environ.get('TIMM_SCRIPTS', 'missing'))
 needs_scripts = pytest.mark.skipif(
     'TIMM_SCRIPTS' not in os.environ,
-    reason="TIMM_SCRIPTS names no folder with timm's scripts, which are in its repository and in no package",
+    reason="set TIMM_SCRIPTS to a folder with timm's scripts, which are in its repository but not in its package",
 )
 CLASSES = ('cat', 'dog', 'frog')
 CPU = ('--device', 'cpu')
@@ -53,7 +53,7 @@ def test_a_process_that_imports_timm_alone_trains_validates_and_exports(tmp_path
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    """Class folders as timm reads them: eight images of noise a class in train/, four in val/, one set in colour."""
+    """Class folders of noise images, each class in its own colour: eight images per class in train/, four in val/."""
     folder = tmp_path_factory.mktemp('images')
     rng = np.random.default_rng(0)
     for split, number in ('train', 8), ('val', 4):
@@ -67,8 +67,8 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def trained(images, tmp_path_factory):
-    """The folder of a run of train.py: one epoch, then a second one resumed from its checkpoint."""
-    assert not (SCRIPTS / 'timm').exists(), f'{SCRIPTS} must not bring a timm of its own'
+    """The output folder of train.py: one epoch, and a second epoch resumed from its checkpoint."""
+    assert not (SCRIPTS / 'timm').exists(), f'{SCRIPTS} must not contain the package timm'
     out = tmp_path_factory.mktemp('train')
     recipe = python('-m', 'timm_sknet', 'recipe', 'sknet12_cifar10', cwd=out).strip()
     run = [
@@ -88,7 +88,7 @@ def test_train_keeps_checkpoints_and_figures(trained):
     lines = (trained / 'summary.csv').read_text().splitlines()
     assert lines[0].startswith('epoch,train_loss,eval_loss,eval_top1')
     assert [line[:2] for line in lines if line[0].isdigit()] == ['0,', '1,']
-    state = torch.load(trained / 'last.pth.tar', weights_only=False)  # our own file, of a line above
+    state = torch.load(trained / 'last.pth.tar', weights_only=False)  # safe: written by this test
     assert state['epoch'] == 1 and state['arch'] == 'sknet12'
     assert state['state_dict'].keys() == state['state_dict_ema'].keys()
     assert 'stages.2.1.sk.branches.1.conv.weight' in state['state_dict']
@@ -114,7 +114,7 @@ def test_train_keeps_checkpoints_and_figures(trained):
 def test_train_takes_a_few_steps_of_each_recipe(recipe, options, images, repo, tmp_path):
     file = python('-m', 'timm_sknet', 'recipe', recipe, cwd=tmp_path).strip()
     arguments = ('-c', file, '--data-dir', images, *CPU, *options, '-b', 8, '--epochs', 1, '--workers', 1)
-    with hub(repo) as address:  # from which the weights are fine-tuned
+    with hub(repo) as address:  # serves the weights to fine-tune
         log = python(
             *(SCRIPTS / 'train.py', *arguments, '--warmup-epochs', 0, '--output', tmp_path, '--experiment', 'run'),
             cwd=tmp_path,
@@ -122,7 +122,7 @@ def test_train_takes_a_few_steps_of_each_recipe(recipe, options, images, repo, t
             HF_HOME=str(tmp_path / 'cache'),
             HF_HUB_OFFLINE='0',
         )
-    assert re.search(r'Train: 0 \[ +2/3 \(100%\)\] +Loss: [\d.]+ ', log)  # a number, not nan
+    assert re.search(r'Train: 0 \[ +2/3 \(100%\)\] +Loss: [\d.]+ ', log)  # not nan
 
 
 @needs_scripts

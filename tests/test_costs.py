@@ -1,4 +1,4 @@
-"""What an SK unit costs, in operators and maps: a guard against slow code that needs no clock."""
+"""Guards the speed of SK units without a clock: counts their operators and maps."""
 
 from collections import Counter
 
@@ -16,7 +16,7 @@ from timm_sknet import SelectiveKernelConv
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators, and for each the maps that it makes: results of (B, C, H, W) in memory of their own."""
+    """Counts operators and the maps that they allocate: results of shape (B, C, H, W) in new memory."""
 
     def __init__(self, x):
         super().__init__()
@@ -50,7 +50,7 @@ def images():
 
 @pytest.mark.parametrize('M', [2, 3, 4])
 @pytest.mark.parametrize('kind', ['eval', 'folded', 'train'])
-def test_a_forward_pass_makes_no_map_but_those_of_the_branches_and_of_select(kind, M):
+def test_a_forward_pass_allocates_only_the_maps_of_branches_and_select(kind, M):
     x = images()
     found = layer(kind, M)
     with torch.set_grad_enabled(kind == 'train'), Operators(x) as operators:
@@ -59,13 +59,13 @@ def test_a_forward_pass_makes_no_map_but_those_of_the_branches_and_of_select(kin
     convolutions = sum(counts[name] for name in counts if 'convolution' in name)
     norms = sum(maps[name] for name in maps if 'batch_norm' in name)
     assert convolutions == M + 2 and norms == (0 if kind == 'folded' else M)
-    assert sum(maps.values()) - norms == M + (1 if M == 2 else M)  # the convolutions' and, M = 2, one of select
+    assert sum(maps.values()) - norms == M + (1 if M == 2 else M)  # of the convolutions and of select
     assert operators.largest <= x.nbytes and not {'stack', 'cat'} & set(counts)
 
 
 @pytest.mark.parametrize('M', [2, 3, 4])
 @pytest.mark.parametrize('memory_efficient', [False, True])
-def test_a_backward_pass_takes_each_convolution_once_and_stacks_nothing(memory_efficient, M):
+def test_a_backward_pass_runs_each_convolution_once_and_stacks_nothing(memory_efficient, M):
     x = images().requires_grad_()
     V = layer('train', M, memory_efficient=memory_efficient)(x)
     weights = torch.randn_like(V)
@@ -76,7 +76,7 @@ def test_a_backward_pass_takes_each_convolution_once_and_stacks_nothing(memory_e
     assert not {'stack', 'cat', '_softmax'} & set(counts) and operators.largest <= x.nbytes
     again = sum(operators.maps[name] for name in counts if 'batch_norm' in name and 'backward' not in name)
     assert again == (M if memory_efficient else 0)  # each U_i once, for two uses
-    # the gradient of each branch by select, ReLU, norm and convolution, that of the mean, and those of select's weights
+    # gradients of each branch (select, ReLU, norm, convolution), of the mean, and of the weights of select
     assert sum(operators.maps.values()) - again <= 8 * M - 2
 
 
@@ -114,7 +114,7 @@ def test_exported_graph_is_lean(tmp_path, dynamo):
     counts = Counter(node.op_type for node in onnx.load(file).graph.node)
     units = sum(1 for m in model.modules() if isinstance(m, SelectiveKernelConv))
     assert not {'Transpose', 'Concat', 'Softmax', 'Where', 'Less', 'BatchNormalization', 'Pow'} & set(counts), counts
-    # select takes one product and one difference, and the attention one product by its signs
+    # one product and one difference in select, one product with the signs in the attention
     assert counts['Mul'] == 2 * units and counts['Sub'] == units and counts['Sigmoid'] == units, counts
 
 
@@ -130,5 +130,5 @@ def test_bfloat16_autocast_of_the_network():
 
 
 @pytest.mark.parametrize('kind', ['eval', 'folded'])
-def test_an_empty_batch_comes_out_empty(kind):
+def test_an_empty_batch_gives_an_empty_result(kind):
     assert layer(kind)(torch.randn(0, 64, 8, 8)).shape == (0, 64, 8, 8)

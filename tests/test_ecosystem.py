@@ -1,6 +1,6 @@
-"""Where timm models are used beside timm: one short example for each place, as its user would write it.
+"""Other packages that use timm models: one short example for each, as a user would write it.
 
-What these packages are is said once, by the extra `ecosystem`; the README's table "Works with" links here.
+The extra `ecosystem` lists these packages. The table of integrations in the documentation links to these tests.
 """
 
 import copy
@@ -30,13 +30,13 @@ INT8 = Path(__file__).parents[1] / 'benchmarks' / 'int8.py'
 
 
 def need(name):
-    """Imports a package; where it is missing the test is skipped, but not where the whole extra must be installed."""
+    """Imports a package. Without it, the test is skipped, unless REQUIRE_ECOSYSTEM is set."""
     return importlib.import_module(name) if os.environ.get('REQUIRE_ECOSYSTEM') else pytest.importorskip(name)
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """The weights in the package as `timm-sknet convert` writes them, with the names of their classes."""
+    """The embedded weights, converted by `timm-sknet convert` with their class names."""
     cfg = default_cfgs['sknet12'].default
     out = tmp_path_factory.mktemp('converted')
     (out / 'names.txt').write_text('\n'.join(cfg.label_names))
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def two_classes():
-    """Images of noise, those of class 1 brighter, and their classes."""
+    """Images of noise and their classes. The images of class 1 are brighter."""
     y = torch.arange(16) % 2
     return torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) + y[:, None, None, None], y
 
@@ -90,7 +90,7 @@ def test_transformers_timm_backbone(folder, source):
     transformers = need('transformers')
     initialization = need('transformers.initialization')
     name = 'sknet12.cifar10' if source == 'name' else f'local-dir:{folder}'
-    with initialization.no_init_weights():  # which resets the running statistics of every batch norm
+    with initialization.no_init_weights():  # initialising would reset the batch norm statistics
         backbone = transformers.TimmBackbone.from_pretrained(name, out_indices=(0, 1, 2)).eval()
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(list(backbone(x).feature_maps), embedded(features_only=True)(x))
@@ -139,7 +139,7 @@ def test_torchvision_detection():
         def __init__(self):
             super().__init__()
             body = timm.create_model('sknet26', features_only=True, out_indices=(1, 2, 3, 4))
-            self.body = timm.layers.freeze_batch_norm_2d(body)  # batches are of one or two images here
+            self.body = timm.layers.freeze_batch_norm_2d(body)  # detectors train with batches of one or two images
             channels = body.feature_info.channels()
             self.fpn = FeaturePyramidNetwork(channels, self.out_channels, extra_blocks=LastLevelMaxPool())
 
@@ -171,7 +171,7 @@ def test_fastai_vision_learner(tmp_path):
     loaders = ImageDataLoaders.from_folder(tmp_path, valid_pct=0.25, seed=0, bs=8, num_workers=0, device='cpu')
 
     torch.manual_seed(0)
-    learner = vision_learner(loaders, 'sknet12')  # with the weights in the package, and their mean and std
+    learner = vision_learner(loaders, 'sknet12')  # loads the embedded weights, with their mean and std
     with learner.no_bar(), learner.no_logging():
         untrained = learner.validate()[0]
         learner.fine_tune(5, 3e-3)
@@ -220,12 +220,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 distributed.init_process_group('gloo')
 rank = distributed.get_rank()
-torch.manual_seed(rank)  # DDP gives every process the weights of the first
+torch.manual_seed(rank)  # DDP copies the weights of the first process to all others
 model = timm.create_model('sknet12', num_classes=2, memory_efficient=sys.argv[1] == 'True')
 parallel = DistributedDataParallel(model)
 x, y = (t.chunk(2)[rank] for t in torch.load('batch.pt', weights_only=True))
 
-parallel.eval()  # batch norm by running statistics: the same in halves
+parallel.eval()  # with running statistics, batch norm does not depend on the batch
 cross_entropy(parallel(x), y).backward()
 gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
 parallel.train()
@@ -261,7 +261,7 @@ def test_torchrun_gives_two_processes_the_gradients_of_one(two_classes, tmp_path
 
 
 def test_sync_batch_norm(two_classes):
-    """Of one process; with more, torch's SyncBatchNorm wants GPUs."""
+    """With one process: with more processes, SyncBatchNorm requires GPUs."""
     plain = timm.create_model('sknet12', num_classes=2)
     synced = timm.layers.convert_sync_batchnorm(copy.deepcopy(plain))
     norms = [m for m in synced.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -281,7 +281,7 @@ def test_sync_batch_norm(two_classes):
 @torch.no_grad()
 def test_torch_export_with_dynamic_batch_and_size(name):
     model = timm.create_model(name).eval()
-    # up to 32x32 the last map of a network of stride 32 is a single pixel, which torch takes for a case of its own
+    # at 32x32 the last map of a network with stride 32 has one pixel, which torch.export treats as a special case
     dynamic = {0: Dim('batch'), 2: Dim('height', min=33), 3: Dim('width', min=33)}
     program = torch.export.export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=(dynamic,)).module()
     for shape in (1, 3, 64, 64), (3, 3, 72, 40), (2, 3, 33, 33):
@@ -335,7 +335,8 @@ def test_torchao_int8_convolutions_included(tmp_path, rounds):
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / 'photo.jpg').symlink_to(PHOTOS / f'{name}.jpg')
     command = [sys.executable, INT8, tmp_path, '--batch', '4', '--rounds', str(rounds)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600)  # importing torchao changes inductor
+    # in its own process, because importing torchao changes inductor
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-5000:]
     assert '29 of 29 convolutions and linear layers in int8, 4 images' in run.stdout
     top1 = re.findall(r'^\| (?:float32|int8).*?\| ([\d.]+) \|', run.stdout, re.MULTILINE)

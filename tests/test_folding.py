@@ -1,4 +1,4 @@
-"""`timm.utils.reparameterize_model`, and so the scripts' --reparam, folds every batch norm, exactly."""
+"""`timm.utils.reparameterize_model`, which the scripts call for --reparam, folds every batch norm exactly."""
 
 import pytest
 import timm
@@ -9,11 +9,12 @@ from torch import nn
 
 from timm_sknet import SelectiveKernelConv
 from timm_sknet.cli import main
-from timm_sknet.layers import ConvNormAct, Folded, SelectiveKernelAttn
+from timm_sknet.folding import Folded
+from timm_sknet.layers import ConvNormAct, SelectiveKernelAttn
 from timm_sknet.sknets import model_cfgs
 
 VARIANTS = {
-    **{name: (name, {}) for name in model_cfgs if '101' not in name},  # as the smaller of each
+    **{name: (name, {}) for name in model_cfgs if '101' not in name},  # the same units as in the smaller ones
     'without selection': ('sknet12', dict(branches=[[3, 1, 1]])),
     'three branches': ('sknet12', dict(branches=[[1, 1, 1], [3, 1, 1], [5, 1, 1]])),
     'another activation': ('sknet12', dict(act_layer='silu')),
@@ -25,7 +26,7 @@ VARIANTS = {
 
 
 def trained(name, **kwargs):
-    """A model in training mode whose batch norms are far from doing nothing."""
+    """A model in training mode whose batch norms are far from the identity."""
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs).train()
     for m in model.modules():
@@ -49,7 +50,7 @@ def test_a_folded_model_gives_the_same_logits(variant):
     convert = {'frozen': timm.layers.freeze_batch_norm_2d, 'sync': timm.layers.convert_sync_batchnorm}
     model = convert.get(variant, nn.Identity())(model)
     assert len(batch_norms(model)) > 10
-    folded = reparameterize_model(model).eval()  # the scripts fold in training mode
+    folded = reparameterize_model(model).eval()  # in training mode, as the scripts do
     model.eval()
     assert not batch_norms(folded) and batch_norms(model)
     x = torch.randn(2, 3, 64, 64, dtype=kwargs.get('dtype'))
@@ -105,7 +106,7 @@ CHANGES = {
 
 @pytest.mark.parametrize('change', CHANGES)
 @torch.no_grad()
-def test_what_was_changed_is_left_as_it_is(change):
+def test_a_changed_layer_gives_the_same_values_after_folding(change):
     layer = SelectiveKernelConv(32)
     for m in layer.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -127,7 +128,7 @@ def test_folding_keeps_mode_and_freezing():
     assert {p.requires_grad for p in folded.stem.parameters()} == {True}
 
 
-def test_a_norm_without_statistics_stays():
+def test_a_norm_without_statistics_is_not_folded():
     model = timm.create_model('sknet12', norm_layer='layernorm2d').eval()
     folded = reparameterize_model(model)
     x = torch.randn(2, 3, 32, 32)
@@ -138,27 +139,30 @@ def test_a_norm_without_statistics_stays():
 
 def test_a_folded_model_does_not_train():
     folded = reparameterize_model(trained('sknet12')).train()
-    with pytest.raises(RuntimeError, match=r'is for inference: call eval\(\)'):
+    with pytest.raises(RuntimeError, match=r'folded \(reparameterized\) model cannot train. Call eval\(\)'):
         folded(torch.zeros(2, 3, 32, 32))
 
 
-def test_weights_of_a_folded_model_go_nowhere_else(tmp_path, capsys):
+def test_weights_of_a_folded_model_load_only_into_a_folded_model(tmp_path, capsys):
     model = trained('sknet12')
     folded = reparameterize_model(model)
-    for target, state in (model, folded.state_dict()), (folded, model.state_dict()):
-        with pytest.raises(RuntimeError, match='not both folded'):
+    for target, state, words in (
+        (model, folded.state_dict(), r'weights are folded \(reparameterized\), but the model is not'),
+        (folded, model.state_dict(), r'model is folded \(reparameterized\), but the weights are not'),
+    ):
+        with pytest.raises(RuntimeError, match=words):
             target.load_state_dict(state)
-        with pytest.raises(RuntimeError, match='not both folded'):
+        with pytest.raises(RuntimeError, match=words):
             nn.Sequential(target).load_state_dict({f'0.{key}': value for key, value in state.items()})
     again = reparameterize_model(trained('sknet12'))
     again.load_state_dict(folded.state_dict())
     again.load_state_dict({'stem.conv.weight': folded.stem.conv.weight}, strict=False)
     timm.models.save_for_hf(folded, tmp_path / 'hf', safe_serialization=True)
-    with pytest.raises(RuntimeError, match='those of a folded'):
+    with pytest.raises(RuntimeError, match=r'weights are folded \(reparameterized\)'):
         timm.create_model(f'local-dir:{tmp_path / "hf"}', pretrained=True)
     (tmp_path / 'hf' / 'README.md').write_text('---\nlicense: mit\n---\n')
     assert main(['push', str(tmp_path / 'hf'), 'org/name']) == 2
-    assert 'those of a folded' in capsys.readouterr().err
+    assert 'weights are folded (reparameterized)' in capsys.readouterr().err
     save_file(folded.state_dict(), tmp_path / 'folded.safetensors')
     assert main(['convert', str(tmp_path / 'folded.safetensors'), str(tmp_path / 'out'), '--arch', 'sknet12']) == 2
     assert 'weights of a folded (reparameterized) model' in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The SK convolution against the paper's equations, and in every form that torch can give it."""
+"""The SK convolution follows the paper's equations, also scripted, traced, exported, compiled and under autocast."""
 
 import itertools
 
@@ -24,7 +24,7 @@ BRANCHES = {
 
 
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Draws parameters and running statistics far from their initial values."""
+    """Sets parameters and running statistics to random values far from their initial values."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
         if name.endswith('running_var') or name.endswith('bn.weight'):
@@ -35,7 +35,7 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def conv(x, weight, stride, dilation, groups):
-    """Cross-correlation as the sum over taps of shifted images, padded so that odd kernels keep the size."""
+    """Cross-correlation as a sum of shifted images, one per tap; the padding keeps the size for odd kernels."""
     k = weight.shape[-1]
     pad = dilation * (k - 1) // 2
     B, C, H, W = x.shape
@@ -56,7 +56,7 @@ def norm(x, bn, training):
 
 
 def equations(layer, x, branches, stride, dilation, training):
-    """The layer by the book: equations 1 to 6 of the paper."""
+    """Reference: equations 1 to 6 of the paper."""
     U = []
     for branch, (_, D, G) in zip(layer.branches, branches):
         u = conv(x, branch.conv.weight, stride, D * dilation, G or x.shape[1])
@@ -87,7 +87,7 @@ def test_layer_follows_the_equations(branches, training, stride, dilation):
         torch.testing.assert_close(attention[0], a, rtol=1e-10, atol=1e-10)
 
 
-def test_stride_meets_the_documented_output_size():
+def test_stride_gives_the_documented_output_size():
     for stride, size in itertools.product((1, 2, 3), (7, 8, 9)):
         out = SelectiveKernelConv(8, branches=BRANCHES['M=2, paper'], stride=stride).eval()(
             torch.zeros(1, 8, size, size)
@@ -140,7 +140,7 @@ def test_equals_timms_layer():
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_pooled_statistics_neither_overflow_nor_drown(dtype):
+def test_pooled_statistics_neither_overflow_nor_lose_precision(dtype):
     top = min(6e4, torch.finfo(dtype).max / 4)
     U = [torch.full((1, 2, 112, 112), top, dtype=dtype), torch.full((1, 2, 112, 112), -top, dtype=dtype)]
     for signs in itertools.product((0, 1), repeat=2):
@@ -269,7 +269,7 @@ def training_layer(M):
 
 @pytest.mark.parametrize('M', [2, 3])
 def test_training_is_ordinary_autograd(M):
-    """First and second derivatives, backward and forward, and under torch.func, are those of finite differences."""
+    """First and second derivatives (backward, forward mode and torch.func) equal finite differences."""
     layer = training_layer(M)
     x = torch.randn(2, 8, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     parameters = tuple(layer.parameters())

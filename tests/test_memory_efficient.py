@@ -1,4 +1,4 @@
-"""`memory_efficient=True` keeps less for backward; values, derivatives and what watches a layer stay the same."""
+"""`memory_efficient=True` saves less for backward; values, derivatives and the effects of hooks stay the same."""
 
 import copy
 import weakref
@@ -22,7 +22,7 @@ BRANCHES = [[3, 1, 4], [3, 2, 4], [1, 1, 2], [5, 1, 4]]
 
 
 def pair(M=2, dtype=torch.float64, fmt=torch.contiguous_format, **kwargs):
-    """A memory-efficient layer with random norms, and a plain copy of it."""
+    """Returns a memory-efficient layer with random batch norms, and a copy without `memory_efficient`."""
     torch.manual_seed(0)
     layer = SelectiveKernelConv(16, branches=BRANCHES[:M], L=8, memory_efficient=True, **kwargs)
     layer = layer.to(dtype=dtype, memory_format=fmt)
@@ -36,7 +36,7 @@ def pair(M=2, dtype=torch.float64, fmt=torch.contiguous_format, **kwargs):
 
 
 class Alive(TorchDispatchMode):
-    """Follows the memory of all results: what is still there after a forward pass was kept for backward."""
+    """Tracks the memory of all results: memory that is alive after a forward pass is kept for backward."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ class Alive(TorchDispatchMode):
 
 
 def saved(model, x):
-    """Bytes that a forward pass keeps for backward, without images, parameters and buffers."""
+    """Returns the bytes that a forward pass keeps for backward, without images, parameters and buffers."""
     with Alive() as alive:
         out = model(x)
     assert out.requires_grad
@@ -59,7 +59,7 @@ def saved(model, x):
 
 
 def maps(model, x):
-    """`saved` in maps of the size of x."""
+    """Returns `saved` as a number of maps of the size of x."""
     return saved(model, x) / x.nbytes
 
 
@@ -69,7 +69,7 @@ def images(*size, dtype=torch.float64, fmt=torch.contiguous_format):
 
 
 def step(layer, x, weights, **autocast):
-    """Returns output, gradients by name and buffers after a step."""
+    """Returns the output, the gradients and the buffers after a training step."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     with torch.autocast('cpu', torch.bfloat16, enabled=bool(autocast)):
         V = layer(x)
@@ -128,7 +128,7 @@ def test_gradients_are_right():
 
 
 def test_network_keeps_at_most_a_tenth_more_than_resnext():
-    """What a training step of SKNet-50 keeps for backward, against timm's ResNeXt-50."""
+    """Compares the memory that a training step keeps for backward: SKNet-50 and timm's ResNeXt-50."""
     x = images(2, 3, 224, 224, dtype=torch.float32)
     ours, plain = (timm.create_model('sknet50', memory_efficient=value) for value in (True, False))
     resnext = saved(timm.create_model('resnext50_32x4d'), x)
@@ -144,7 +144,7 @@ def test_a_layer_keeps_the_convolutions_maps_alone(M):
 
 
 @pytest.mark.parametrize('M', [2, 3])
-def test_backward_frees_what_it_has_computed_again(M):
+def test_backward_frees_the_recomputed_maps(M):
     layer, _ = pair(M, dtype=torch.float32)
     x = images(4, 16, 32, 32, dtype=torch.float32).requires_grad_()
     V = layer(x)
@@ -190,7 +190,7 @@ def test_hooks_on_parameters_see_each_gradient_once():
 
 
 class Recorded(SelectiveKernelAttn):
-    """Keeps what it gives."""
+    """Attention that stores its output."""
 
     def forward(self, s):
         self.seen = super().forward(s)
@@ -198,7 +198,7 @@ class Recorded(SelectiveKernelAttn):
 
 
 class Constant(nn.Module):
-    """Weighs all branches alike; has a parameter that it does not use."""
+    """Gives all branches the same weight; has an unused parameter."""
 
     def __init__(self):
         super().__init__()
@@ -226,7 +226,7 @@ ATTENTIONS = {
 
 
 @pytest.mark.parametrize('kind', ATTENTIONS)
-def test_any_attention_is_called_as_it_is(kind):
+def test_any_attention_can_be_used(kind):
     layer, plain = pair()
     for m in layer, plain:
         ATTENTIONS[kind](m)
@@ -263,7 +263,7 @@ def test_gradients_may_be_taken_piece_by_piece():
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-12)
 
 
-def test_frozen_branches_leave_the_attention_its_gradient():
+def test_the_attention_gets_gradients_if_the_branches_are_frozen():
     layer, plain = pair()
     for m in layer, plain:
         m.branches.requires_grad_(False)
@@ -280,7 +280,7 @@ def test_nothing_is_kept_where_the_branches_need_no_gradient():
 
 
 class Scaled(nn.Module):
-    """Halves what goes through it, in place and unseen by autograd."""
+    """Halves its input in place, without a record in autograd."""
 
     def forward(self, x):
         with torch.no_grad():
@@ -288,7 +288,7 @@ class Scaled(nn.Module):
 
 
 class Changed(TorchFunctionMode):
-    """Changes what batch norms or activations give, or are given, as a quantiser does."""
+    """Changes inputs or results of batch norms and activations, as a quantiser does."""
 
     def __init__(self, kind):
         super().__init__()
@@ -321,7 +321,7 @@ def quantise(x):
 
 
 def quantised(layer, name, before=False):
-    """Rounds what a module of the first branch gives or gets, in place and with the gradient of the identity."""
+    """Rounds the output or input of a module of the first branch in place, with the gradient of the identity."""
     module = layer.branches[0].bn.get_submodule(name)
     if before:
         module.register_forward_pre_hook(lambda module, args: quantise(args[0]))
@@ -396,7 +396,7 @@ def gradients(layer, seed=1):
 
 @pytest.mark.parametrize('M', [2, 3])
 @pytest.mark.parametrize('kind', CHANGES)
-def test_whatever_was_changed_in_a_layer_has_the_gradients_of_autograd(kind, M):
+def test_a_changed_layer_has_the_gradients_of_autograd(kind, M):
     layer, plain = pair(M)
     for m in layer, plain:
         CHANGES[kind](m)
@@ -404,7 +404,7 @@ def test_whatever_was_changed_in_a_layer_has_the_gradients_of_autograd(kind, M):
 
 
 @pytest.mark.parametrize('kind', MODES)
-def test_what_a_function_mode_changes_has_the_gradients_of_autograd(kind):
+def test_changes_by_a_function_mode_have_the_gradients_of_autograd(kind):
     layer, plain = pair()
     results = []
     for m in layer, plain:
@@ -415,7 +415,7 @@ def test_what_a_function_mode_changes_has_the_gradients_of_autograd(kind):
 
 
 @pytest.mark.parametrize('in_graph', [True, False])
-def test_a_change_in_place_that_autograd_refuses_is_refused(in_graph):
+def test_an_in_place_change_raises_the_error_of_autograd(in_graph):
     for m in pair():
         if in_graph:
             changed_by_hook(m, 'branch', lambda out: out.mul_(0.5))
@@ -427,7 +427,7 @@ def test_a_change_in_place_that_autograd_refuses_is_refused(in_graph):
 
 
 @pytest.mark.parametrize('what', ['weight', 'bias', 'map'])
-def test_what_backward_needs_may_not_be_changed_before(what):
+def test_tensors_that_backward_needs_may_not_be_changed_before(what):
     layer, _ = pair()
     maps = []
     layer.branches[1].conv.register_forward_hook(lambda module, args, out: maps.append(out))
@@ -460,7 +460,7 @@ def test_a_network_hands_the_switch_to_all_its_layers():
     assert not timm.create_model('sknet12').stages[0][0].sk.memory_efficient
 
 
-def test_without_gradients_statistics_move_all_the_same():
+def test_running_statistics_are_updated_without_gradients():
     layer, plain = pair()
     with torch.no_grad():
         layer(images(3, 16, 5, 5))
@@ -535,7 +535,7 @@ def test_second_derivatives_are_right():
 
 @pytest.mark.parametrize('name', ['sknet12', 'sk_shufflenetv2_x0_5'])
 def test_checkpointing_changes_no_gradient(name):
-    """In training mode, where checkpointing runs each unit twice."""
+    """In training mode, checkpointing runs each unit twice."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, memory_efficient=True).double()
     x = images(3, 3, 32, 32)
@@ -572,17 +572,17 @@ def test_checkpointing_runs_a_layer_twice(kwargs):
     assert {int(b) for name, b in layer.named_buffers() if name.endswith('tracked')} == {2}
 
 
-def test_checkpointing_keeps_what_it_keeps_of_a_plain_layer():
+def test_checkpointing_keeps_as_little_as_for_a_plain_layer():
     layer, plain = pair(dtype=torch.float32)
     x = images(4, 16, 32, 32, dtype=torch.float32).requires_grad_()
     for m in layer, plain:
         with Alive() as alive:
             V = checkpoint(m, x, use_reentrant=False)
         kept = {id(s): s.nbytes() for s in (ref() for ref in alive.seen) if s is not None}
-        assert sum(kept.values()) < V.nbytes + x.nbytes / 2  # V, and no map
+        assert sum(kept.values()) < V.nbytes + x.nbytes / 2  # only V
 
 
-def test_hooks_of_others_on_saved_tensors_see_all_that_is_kept():
+def test_other_hooks_on_saved_tensors_see_all_saved_tensors():
     seen, grads = [], []
     for m in pair():
         sizes = []

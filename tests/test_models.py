@@ -1,4 +1,4 @@
-"""Every registered model: its size, its arguments, its keys, and what timm's users do with it."""
+"""Every registered model: size, arguments, state-dict keys, and the interfaces of timm."""
 
 import json
 import re
@@ -12,9 +12,9 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_sknet.sknets import default_cfgs, model_cfgs, published
+from timm_sknet.sknets import default_cfgs, model_cfgs, paper_top1
 
-SIZES = {  # parameters, GMACs of convolutions and linears (shared with nobody: computed from the paper's tables)
+SIZES = {  # parameters, GMACs of convolutions and linears (computed from the paper's tables, not by the package)
     'sknet26': (16_746_408, 2.587),
     'sknet50': (27_479_784, 4.463),
     'sknet101': (48_736_040, 8.449),
@@ -33,7 +33,7 @@ CIFAR = ['sknet12', 'sknet29_16x32d']
 SHUFFLE = [name for name in model_cfgs if 'shuffle' in name]
 TEN_CLASSES = [*CIFAR, 'sknet14']
 IMAGENET = [name for name in model_cfgs if name not in TEN_CLASSES]
-ONE_OF_EACH = ['sknet12', 'sk_shufflenetv2_x0_5', 'sknet26']  # every kind of unit
+ONE_OF_EACH = ['sknet12', 'sk_shufflenetv2_x0_5', 'sknet26']  # one model for each kind of unit
 
 
 def meta(name, **kwargs):
@@ -46,7 +46,7 @@ def parameters(model):
 
 def test_the_table_of_sizes_holds_every_model():
     assert set(SIZES) == set(model_cfgs) == set(timm.list_models(module='sknets')) == set(default_cfgs)
-    assert set(published) <= set(model_cfgs)
+    assert set(paper_top1) <= set(model_cfgs)
 
 
 @pytest.mark.parametrize('name', SIZES)
@@ -81,7 +81,7 @@ def test_the_caffe_networks_are_those_of_the_authors_files():
     assert widths == [32, 16, 32, 64]
 
 
-def test_a_tag_changes_no_network():
+def test_all_tags_of_a_model_have_the_same_network():
     for name, cfgs in default_cfgs.items():
         shapes = [{key: value.shape for key, value in meta(f'{name}.{tag}').state_dict().items()} for tag in cfgs.tags]
         assert all(found == shapes[0] for found in shapes)
@@ -145,8 +145,8 @@ def test_initialisation_is_the_authors():
         assert module.weight.std().item() == pytest.approx(std, rel=0.03)
     assert not model.head.fc.bias.any()
     assert all(m.weight.eq(1).all() and not m.bias.any() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-    fan_out = timm.create_model('sk_resnet50').stages[3][1].conv1.conv.weight
-    assert fan_out.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.03)
+    by_fan_out = timm.create_model('sk_resnet50').stages[3][1].conv1.conv.weight
+    assert by_fan_out.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.03)
 
 
 @pytest.mark.parametrize('name', ONE_OF_EACH)
@@ -186,8 +186,12 @@ def test_unknown_arguments_are_refused(name, argument):
         ('sk_shufflenetv2_x1_0', dict(zero_init_last=True), 'no residual.*zero_init_last=True'),
         ('sknet50', dict(stem_pool='same'), "stem_pool must be one of.*'ceil'.*'same'"),
         ('sknet50', dict(unit='bottle'), "unit must be one of.*'bottleneck'.*'bottle'"),
-        ('sknet50', dict(init='xavier'), "init must be one of.*'fan_in'.*'xavier'"),
-        ('sknet50', dict(norm_layer='groupnorm1', bn_eps=0.1), "bn_eps=0.1 has no batch norm.*'groupnorm1'"),
+        ('sknet50', dict(init='xavier'), "init must be one of.*'caffe', 'pytorch'.*'xavier'"),
+        (
+            'sknet50',
+            dict(norm_layer='groupnorm1', bn_eps=0.1),
+            "bn_eps=0.1 needs a batch norm, but norm_layer is 'groupnorm1'",
+        ),
         ('sknet50', dict(depths=[1, 2]), r'mid_widths must have one value for each of the 2 stages'),
         ('sknet50', dict(attn_widths=[1, 2]), r'attn_widths must have one value for each of the 4 stages.*\[1, 2\]'),
         ('sknet50', dict(branches=[[3, 1, 7]]), '7 groups do not divide 128'),
@@ -228,8 +232,8 @@ def test_output_stride_agrees_with_timm():
 
 
 @pytest.mark.parametrize('name', model_cfgs)
-def test_dilated_features_are_those_of_the_plain_network_with_others_between(name):
-    """With one branch: attention pools over the whole map, and so over the features between, too."""
+def test_dilated_features_contain_those_of_the_plain_network(name):
+    """With one branch only, because attention pools over the whole map, including the features between."""
     cfg = model_cfgs[name]
     stages = range(1, 1 + len(cfg.depths))
     args = dict(branches=[[3, 1, 1]], L=8, dtype=torch.float64, depths=[min(depth, 2) for depth in cfg.depths])
@@ -344,7 +348,7 @@ def test_cfgs_say_whose_weights_and_which_licence(name):
 
 
 @pytest.mark.parametrize('name', [name for name in model_cfgs if not default_cfgs[name].is_pretrained])
-def test_models_without_weights_say_what_exists(name):
+def test_models_without_weights_name_models_with_weights(name):
     with pytest.raises(ValueError, match=f'no public weights of {name}.*sknet50.ra_in1k, sknet12.cifar10'):
         meta(name, pretrained=True)
 
@@ -361,7 +365,7 @@ def test_own_weights_of_a_model_without_public_ones(tmp_path):
 
 @pytest.mark.parametrize('name', model_cfgs)
 def test_state_dict_keys_are_stable(name):
-    """keys.json is a promise to the checkpoints of users: a changed key needs a rename in `native_keys`."""
+    """Checkpoints of users rely on the keys in keys.json: a changed key needs a renaming in `native_keys`."""
     promised = json.loads((Path(__file__).parent / 'keys.json').read_text())
     found = sorted({re.sub(r'(?<=\.)\d+', '*', key) for key in meta(name).state_dict()})
     assert found == promised[model_cfgs[name].unit]

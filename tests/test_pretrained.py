@@ -1,4 +1,4 @@
-"""Pretrained weights by every road: the Hub, a checkpoint file, and the file in the package."""
+"""Pretrained weights from all sources: the Hub, a checkpoint file, a folder and the package."""
 
 import argparse
 import copy
@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from timm_sknet.download import PretrainedWeights
-from timm_sknet.network import native_keys
+from timm_sknet.keys import native_keys
+from timm_sknet.loading import PretrainedWeights
 from timm_sknet.sknets import default_cfgs
 
 
@@ -110,7 +110,7 @@ def test_save_for_hf_keeps_the_network_of_a_caffe_name(tmp_path):
 
 
 class Wrapped(nn.Module):
-    """Holds a network as DDP and Lightning modules do, beside another one."""
+    """Holds a network as a submodule, as DDP and Lightning modules do, beside another network."""
 
     def __init__(self, network):
         super().__init__()
@@ -132,10 +132,10 @@ def renamed_to_timms(state):
 @pytest.mark.parametrize('wrap', [lambda m: m, lambda m: nn.Sequential(nn.Identity(), m), Wrapped, torch.compile])
 @pytest.mark.parametrize('strict', [True, False])
 @pytest.mark.parametrize('assign', [True, False])
-def test_foreign_keys_load_wherever_the_network_is(wrap, strict, assign):
+def test_foreign_keys_load_into_a_network_inside_any_module(wrap, strict, assign):
     torch.manual_seed(0)
     source, target = wrap(small()), wrap(small())
-    target.load_state_dict(source.state_dict())  # equal but for the network
+    target.load_state_dict(source.state_dict())  # now they differ in the network only
     inner, state = small(), source.state_dict()
     prefix = next(key for key in state if key.endswith('stem.conv.weight')).removesuffix('stem.conv.weight')
     others = {key: value for key, value in state.items() if not key.startswith(prefix)}
@@ -163,7 +163,7 @@ def test_part_of_the_weights_loads_where_strict_is_off():
 
 
 class Runs:
-    """Creates a file when it is unpickled."""
+    """Creates a file if it is unpickled."""
 
     def __init__(self, file):
         self.file = file
@@ -187,7 +187,7 @@ def write_pickle(file, kind, harm):
 def test_no_code_of_a_file_is_run(kind, by, tmp_path):
     harm = tmp_path / 'harm'
     write_pickle(tmp_path / 'pytorch_model.bin', kind, harm)
-    with pytest.raises(RuntimeError, match='No weights from .*pytorch_model.bin.*not a PyTorch checkpoint'):
+    with pytest.raises(RuntimeError, match='Cannot load weights from .*pytorch_model.bin.*not a PyTorch checkpoint'):
         if by == 'file':
             overlay = dict(file=str(tmp_path / 'pytorch_model.bin'))
             timm.create_model('sknet12', pretrained=True, pretrained_cfg_overlay=overlay)
@@ -201,7 +201,7 @@ def test_no_code_of_a_file_is_run(kind, by, tmp_path):
 
 @pytest.mark.parametrize('form', ['safetensors', 'zip', 'legacy', 'checkpoint', 'averaged'])
 @pytest.mark.parametrize('by', ['file', 'folder', 'state dict'])
-def test_weights_of_ones_own_load_in_every_form(form, by, tmp_path):
+def test_own_weights_load_in_every_form(form, by, tmp_path):
     state = timm.create_model('sknet12').state_dict()
     name = 'model.safetensors' if form == 'safetensors' else 'pytorch_model.bin'
     if form == 'safetensors':
@@ -238,13 +238,14 @@ def test_weights_of_ones_own_load_in_every_form(form, by, tmp_path):
         (lambda state: state.update({'head.fc.weight': torch.zeros(5, 96)}), 'size mismatch for head.fc.weight'),
     ],
 )
-def test_weights_of_ones_own_that_do_not_fit_are_named(spoil, cause, tmp_path):
+def test_own_weights_that_do_not_fit_are_named(spoil, cause, tmp_path):
     state = dict(timm.create_model('sknet12').state_dict())
     spoil(state)
     save_file(state, tmp_path / 'own.safetensors')
     overlay = dict(file=str(tmp_path / 'own.safetensors'))
     with pytest.raises(
-        RuntimeError, match=f'No weights from {tmp_path}/own.safetensors: {cause}.*Choose weights of this network'
+        RuntimeError,
+        match=f'Cannot load weights from {tmp_path}/own.safetensors: {cause}.*Choose weights of this network',
     ):
         timm.create_model('sknet12', pretrained=True, pretrained_cfg_overlay=overlay)
 
@@ -252,19 +253,19 @@ def test_weights_of_ones_own_that_do_not_fit_are_named(spoil, cause, tmp_path):
 @pytest.mark.parametrize(
     ('path', 'reason'),
     [
-        ('missing.pth', 'There is no such file. Check the path'),
-        ('empty', 'There is no file of weights in this folder. Check the path'),
-        ('text.pth', r'It is not a PyTorch checkpoint.*torch.save\(model.state_dict\(\), FILE\). Choose weights of'),
-        ('nothing.pth', 'It is not a PyTorch checkpoint.*Choose weights of'),
+        ('missing.pth', 'the file does not exist. Check the path'),
+        ('empty', 'the folder does not contain a weights file. Check the path'),
+        ('text.pth', r'not a PyTorch checkpoint.*torch.save\(model.state_dict\(\), FILE\). Choose weights of'),
+        ('nothing.pth', 'not a PyTorch checkpoint.*Choose weights of'),
         ('damaged.safetensors', '.*header.*Choose weights of'),
     ],
 )
-def test_what_holds_no_weights_is_named(path, reason, tmp_path):
+def test_a_path_without_weights_is_named(path, reason, tmp_path):
     (tmp_path / 'text.pth').write_text('hello')
     (tmp_path / 'nothing.pth').write_bytes(b'')
     (tmp_path / 'damaged.safetensors').write_bytes(b'\x10' + bytes(7) + b'{' * 10)
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(RuntimeError, match=f'No weights from {tmp_path}/{path}: {reason}'):
+    with pytest.raises(RuntimeError, match=f'Cannot load weights from {tmp_path}/{path}: {reason}'):
         overlay = dict(file=str(tmp_path / path))
         timm.create_model('sknet12', pretrained=True, pretrained_cfg_overlay=overlay)
 
@@ -287,7 +288,7 @@ def test_checking_weights_takes_no_memory(tmp_path):
     assert sizes and max(sizes) <= 16
 
 
-def test_the_authors_file_is_where_the_error_points():
+def test_the_error_names_the_authors_file():
     with pytest.raises(ValueError, match=r'no public weights of sk_resnet50 .*drive.google.com.*timm-sknet convert'):
         timm.create_model('sk_resnet50', pretrained=True)
 

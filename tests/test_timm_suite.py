@@ -1,4 +1,4 @@
-"""timm's own tests of models, from the sdist of the installed timm, on every model of ours."""
+"""Runs timm's own model tests, from the sdist of the installed timm, on all our models."""
 
 import os
 import subprocess
@@ -16,8 +16,8 @@ from timm_sknet.sknets import default_cfgs, model_cfgs
 TESTS = Path(__file__).parent
 SUITE = TESTS.parent / '.cache' / 'timm' / f'timm-{timm.__version__}'
 
-# Every test of timm's that takes a model by name and applies to convolutional networks; none is deselected. What stays
-# out are its tests of single networks of timm's.
+# All tests of timm that take a model by name and apply to convolutional networks. Only its tests of single networks are
+# left out.
 OF_EVERY_MODEL = {
     'test_model_backward',
     'test_model_backward_fx',
@@ -37,7 +37,7 @@ OF_PRETRAINED_MODELS = {'test_model_load_pretrained', 'test_model_features_pretr
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_timms_tests_pass_on_every_model(repo, tmp_path):
-    """The weights that the suite downloads come from a loopback server."""
+    """The suite downloads weights from a loopback server."""
     assert SUITE.is_dir(), f'{SUITE} is missing: `make test` unpacks the tests of timm there'
     report = tmp_path / 'report.xml'
     with hub(repo) as address:
@@ -57,7 +57,7 @@ def test_timms_tests_pass_on_every_model(repo, tmp_path):
         )
     assert run.returncode == 0, run.stdout[-5000:]
     expected = Counter((test, name) for test in OF_EVERY_MODEL for name in model_cfgs)
-    # that one is run for each set of weights
+    # this test runs for each set of weights
     expected.update({('test_model_default_cfgs', name): len(default_cfgs[name].tags) - 1 for name in model_cfgs})
     expected += Counter(
         (test, name) for test in OF_PRETRAINED_MODELS for name in default_cfgs if default_cfgs[name].is_pretrained
@@ -66,7 +66,7 @@ def test_timms_tests_pass_on_every_model(repo, tmp_path):
 
 
 def ran(report: Path) -> Counter:
-    """Counts the tests that ran to their end by test and model."""
+    """Counts the tests that were not skipped, by test and model."""
     cases = [case for case in ElementTree.parse(report).iter('testcase') if case.find('skipped') is None]
     names = [case.get('name').rstrip(']').split('[') for case in cases]
     return Counter((test, parameters.split('-')[-1].split('.')[0]) for test, parameters in names)

@@ -1,6 +1,6 @@
-"""pytest plugin that narrows timm's own test suite to our models (`pytest -p timm_suite tests/test_models.py`).
+"""pytest plugin that runs timm's own test suite on our models only (`pytest -p timm_suite tests/test_models.py`).
 
-timm selects the models of its tests by name, or by module for tests of a newer interface; ours are put under both.
+timm selects the models of its tests by name, and for newer interfaces by module. The plugin replaces both selections.
 """
 
 import timm
@@ -20,7 +20,7 @@ timm.list_pretrained = _ours(timm.list_pretrained)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Drops the tests of single models of timm's."""
+    """Deselects tests that timm wrote for single models."""
     ours = [item for item in items if _model(item) in model_cfgs]
     config.hook.pytest_deselected(items=[item for item in items if item not in ours])
     items[:] = ours

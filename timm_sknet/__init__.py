@@ -1,4 +1,4 @@
-"""Selective Kernel Networks (arXiv:1903.06586) for timm: the import registers every model."""
+"""Selective Kernel Networks (arXiv:1903.06586) for timm. Importing this package registers the models."""
 
 from timm_sknet import sknets  # noqa: F401  registers the models
 from timm_sknet.layers import SelectiveKernelAttn, SelectiveKernelConv

@@ -1,4 +1,4 @@
-"""`python -m timm_sknet` is `timm-sknet`."""
+"""Runs the command `timm-sknet` as `python -m timm_sknet`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command `timm-sknet`. A subcommand is a function `_name(args) -> exit code` and its few lines in `_parser`."""
+"""The command `timm-sknet`. Each subcommand has a parser in `_parser` and a function `_name(args) -> exit code`."""
 
 import argparse
 import json
@@ -13,27 +13,32 @@ from typing import Optional, Sequence
 from timm_sknet import __version__
 
 DEFAULT_MODEL = 'sknet12.cifar10'
-EXIT_CODES = 'Exit code: 0 all done, 1 some images could not be read (each is named on stderr), 2 nothing was done.'
+EXIT_CODES = (
+    'Exit code: 0 if all images were processed, 1 if some could not be read (they are named on stderr), 2 if nothing '
+    'was done.'
+)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Runs one subcommand.
 
     Args:
-        argv: Arguments, those of the process if None.
+        argv: Command-line arguments; None for those of the process.
 
     Returns:
-        The exit code, see `EXIT_CODES`; 130 after Ctrl-C and 141 when stdout was closed, as shells have it.
+        The exit code, see `EXIT_CODES`; 130 after Ctrl-C and 141 if stdout was closed, as in shells.
     """
     args = _parser().parse_args(argv)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing unfinished is left behind
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # exits by an exception, so that temporary files are removed
     try:
         code = args.run(args)
-        sys.stdout.flush()  # a closed pipe is noticed here and not at exit, where Python would complain
+        sys.stdout.flush()  # detects a closed pipe here, not at exit, where Python prints an error
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in the buffer at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes the rest of the buffer at exit
         return 141
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -51,143 +56,165 @@ def _parser() -> argparse.ArgumentParser:
         'paths',
         nargs='*',
         metavar='IMAGE|FOLDER',
-        help='files, and folders to search with all that is below them (default: the photographs in the package)',
+        help='image files, or folders to search recursively (default: the photographs in the package)',
     )
     predict.add_argument(
         '--model',
         default=DEFAULT_MODEL,
         metavar='NAME',
-        help='any model of timm with weights, hf-hub:ORG/REPO or local-dir:FOLDER (default: %(default)s, built in)',
+        help='a timm model with pretrained weights, hf-hub:ORG/REPO or local-dir:FOLDER (default: %(default)s, whose '
+        'weights are in the package)',
     )
     predict.add_argument(
         '--topk',
-        type=partial(_whole, least=1),
+        type=partial(_integer, minimum=1),
         default=5,
         metavar='K',
-        help='likeliest classes to show (default: %(default)s)',
+        help='number of classes to show for each image (default: %(default)s)',
     )
-    predict.add_argument('--json', action='store_true', help='print one JSON list of {file, predictions}')
+    predict.add_argument('--json', action='store_true', help='print a JSON list of {file, predictions}')
 
     attention = commands.add_parser(
         'attention',
-        help='draw what the SK units select as objects grow',
-        description='Draw the attention of SK units to the wide branch, less that to the narrow one, as images are '
-        "enlarged about their centre: the paper's figures. Of image files, each with every unit and the channels of "
-        'one; of a folder, the mean over its images in every unit and over each class in some. The folder that an '
-        'image lies in is its class. A run over a folder that was interrupted goes on from there when it is repeated.',
+        help='plot how the attention of SK units changes as objects grow',
+        description='Plot the attention to the wide branch minus the attention to the narrow branch for images that '
+        'are enlarged about their centre, as in the figures of the paper. For image files, plot each image: all units, '
+        'and the channels of one unit. For a folder, plot means over the images: all units, and each class in some '
+        'units. The class of an image is the name of its folder. To continue an interrupted run over a folder, repeat '
+        'the command.',
         epilog=EXIT_CODES,
     )
     attention.set_defaults(run=_attention)
-    attention.add_argument('paths', nargs='+', metavar='IMAGE|FOLDER', help='files, or folders with all below them')
+    attention.add_argument(
+        'paths', nargs='+', metavar='IMAGE|FOLDER', help='image files, or folders to search recursively'
+    )
     attention.add_argument(
         '--model',
         default=DEFAULT_MODEL,
         metavar='NAME',
-        help='any model of timm with SK units and weights, hf-hub:ORG/REPO or local-dir:FOLDER '
-        '(default: %(default)s, built in)',
+        help='a timm model with SK units and pretrained weights, hf-hub:ORG/REPO or local-dir:FOLDER '
+        '(default: %(default)s, whose weights are in the package)',
     )
-    attention.add_argument('--out', required=True, type=Path, metavar='FIGURE', help='the figure, .png or .svg')
-    attention.add_argument('--csv', type=Path, metavar='FILE', help='write the figures behind the figure, too')
     attention.add_argument(
-        '--scales', nargs='+', type=float, default=[1.0, 1.5, 2.0], metavar='S', help='(default: 1 1.5 2)'
+        '--out', required=True, type=Path, metavar='FIGURE', help='the figure to write, .png or .svg'
+    )
+    attention.add_argument('--csv', type=Path, metavar='FILE', help='also write the plotted values to this .csv file')
+    attention.add_argument(
+        '--scales',
+        nargs='+',
+        type=float,
+        default=[1.0, 1.5, 2.0],
+        metavar='S',
+        help='factors by which the images are enlarged (default: 1 1.5 2)',
     )
     attention.add_argument(
         '--units',
         nargs='+',
         default=[],
         metavar='NAME',
-        help="units whose classes or channels are shown, such as SK_3_2 (default: the paper's choice)",
+        help='units whose classes or channels are plotted, such as SK_3_2 (default: as in the paper)',
     )
     attention.add_argument(
-        '--workers', type=_whole, default=0, metavar='N', help='processes that read images (default: %(default)s)'
+        '--workers',
+        type=_integer,
+        default=0,
+        metavar='N',
+        help='number of processes that read images (default: %(default)s)',
     )
 
-    models = commands.add_parser('models', help='list the models', description='List the models and their figures.')
+    models = commands.add_parser(
+        'models', help='list the models', description='List the models with their weights and accuracies.'
+    )
     models.set_defaults(run=_models)
-    models.add_argument('--markdown', action='store_true', help="print the README's table")
+    models.add_argument('--markdown', action='store_true', help='print a Markdown table')
 
     recipe = commands.add_parser(
         'recipe',
         help="find a recipe for timm's train.py",
-        description="Print the path of a recipe, for timm's train.py -c; without a name, list the recipes.",
+        description="Print the path of a recipe for timm's train.py -c. Without NAME, list the recipes.",
     )
     recipe.set_defaults(run=_recipe)
-    recipe.add_argument('name', nargs='?', metavar='NAME')
+    recipe.add_argument('name', nargs='?', metavar='NAME', help='name of the recipe')
 
     convert = commands.add_parser(
         'convert',
         help="convert the authors' files and other weights",
         description='Convert weights to a folder that timm, its scripts and transformers load.',
-        epilog='Exit code: 0 the folder is written, 2 it is not (one line on stderr says why).',
+        epilog='Exit code: 0 if the folder was written, 2 if not. Errors are reported in one line on stderr.',
     )
     convert.set_defaults(run=_convert)
     convert.add_argument(
         'source',
         metavar='SOURCE',
-        help="a .caffemodel or .pth.tar of the paper's authors, weights of timm's skresnext50_32x4d, a checkpoint of "
-        "timm's train.py, or ORG/NAME on the Hub; the kind is detected from the content",
+        help="a .caffemodel or .pth.tar file of the paper's authors, weights of timm's skresnext50_32x4d, a checkpoint "
+        "of timm's train.py, or ORG/NAME on the Hub; the type is detected from the content",
     )
     convert.add_argument('out', metavar='OUT', type=Path, help='the folder to write')
     convert.add_argument(
         '--arch',
         required=True,
         metavar='NAME',
-        help='the model, such as sknet50; sknet50_caffe and sknet101_caffe for Caffe files',
+        help='the model, such as sknet50; sknet50_caffe or sknet101_caffe for Caffe files',
     )
-    convert.add_argument('--no-ema', action='store_true', help='do not take the averaged weights of a checkpoint')
+    convert.add_argument('--no-ema', action='store_true', help='do not use the averaged (EMA) weights of a checkpoint')
     convert.add_argument(
         '--dtype',
         choices=('float32', 'float16'),
         default='float32',
-        help='of the file; batch norm statistics are float32 in any case (default: %(default)s)',
+        help='data type of the weights; batch norm statistics are always float32 (default: %(default)s)',
     )
     convert.add_argument(
         '--num-classes',
-        type=_whole,
+        type=_integer,
         metavar='N',
-        help='classes that SOURCE must have, or 0 to leave its classifier out (default: as many as it has)',
+        help='number of classes that SOURCE must have, or 0 to leave out its classifier (default: as in SOURCE)',
     )
-    convert.add_argument('--tag', default='', help='name of the weights behind that of the model')
-    convert.add_argument('--license', default='', help='licence of the weights; the model card says that you claim it')
-    convert.add_argument('--label-names', type=Path, metavar='FILE', help='text file, the name of a class on each line')
-    convert.add_argument('--force', action='store_true', help='replace a folder that an earlier conversion has written')
+    convert.add_argument('--tag', default='', help='tag of the weights, as in MODEL.TAG')
+    convert.add_argument(
+        '--license', default='', help='licence of the weights; the model card states that you claim it'
+    )
+    convert.add_argument('--label-names', type=Path, metavar='FILE', help='text file with one class name per line')
+    convert.add_argument('--force', action='store_true', help='replace a folder that an earlier conversion wrote')
 
     push = commands.add_parser(
         'push',
         help='upload a converted folder to the Hub',
-        description='Upload a folder that `timm-sknet convert` has written to the Hugging Face Hub.',
-        epilog='Exit code: 0 the Hub has it, 2 it has not (one line on stderr says why).',
+        description='Upload a folder that `timm-sknet convert` wrote to the Hugging Face Hub.',
+        epilog='Exit code: 0 if the folder was uploaded, 2 if not. Errors are reported in one line on stderr.',
     )
     push.set_defaults(run=_push)
-    push.add_argument('folder', metavar='FOLDER', type=Path)
-    push.add_argument('repo', metavar='ORG/NAME', help='the repository, made if there is none')
-    push.add_argument('--private', action='store_true', help='make a private repository')
-    push.add_argument('--revision', metavar='BRANCH', help='push to this branch, made if there is none (default: main)')
+    push.add_argument('folder', metavar='FOLDER', type=Path, help='the folder to upload')
+    push.add_argument('repo', metavar='ORG/NAME', help='the repository; created if it does not exist')
+    push.add_argument('--private', action='store_true', help='create a private repository')
+    push.add_argument(
+        '--revision', metavar='BRANCH', help='branch to push to; created if it does not exist (default: main)'
+    )
     return parser
 
 
-def _whole(text: str, least: int = 0) -> int:
-    if not (text.isdecimal() and int(text) >= least):
-        raise argparse.ArgumentTypeError(f'must be a whole number from {least}, got {text!r}')
+def _integer(text: str, minimum: int = 0) -> int:
+    if not (text.isdecimal() and int(text) >= minimum):
+        raise argparse.ArgumentTypeError(f'must be an integer of at least {minimum}, got {text!r}')
     return int(text)
 
 
-def _complain(message: str) -> None:
+def _print_error(message: str) -> None:
     from huggingface_hub.utils import tqdm
 
-    tqdm.write(f'timm-sknet: {message}', file=sys.stderr)  # beside a progress bar, not into it
+    tqdm.write(f'timm-sknet: {message}', file=sys.stderr)  # does not break a progress bar
 
 
-def _refuse(error: BaseException) -> int:
-    """Says in one line why nothing was done; returns the exit code for that."""
-    _complain(' '.join(str(error).split()))
+def _fail(error: BaseException) -> int:
+    """Prints the error in one line on stderr; returns exit code 2."""
+    _print_error(' '.join(str(error).split()))
     return 2
 
 
 def _predict(args: argparse.Namespace) -> int:
     from huggingface_hub.utils import tqdm
 
-    from timm_sknet.predict import BATCH_SIZE, PHOTOS, classify, find_images, load_model
+    from timm_sknet.images import find_images
+    from timm_sknet.predict import BATCH_SIZE, PHOTOS, classify, load_model
 
     files, done, failed = [], 0, 0
     for path in args.paths or [PHOTOS]:
@@ -195,17 +222,17 @@ def _predict(args: argparse.Namespace) -> int:
             files += find_images(path)
         except ValueError as e:
             failed += 1
-            _complain(str(e))
+            _print_error(str(e))
     if not files:
         return 2
     try:
         model = load_model(args.model)
     except (RuntimeError, ValueError) as e:
-        _complain(str(e))
+        _print_error(str(e))
         return 2
 
     found = []
-    # None: only on a terminal
+    # disable=None shows the bar only on a terminal
     bar = tqdm(total=len(files), unit='image', leave=False, disable=None if len(files) > BATCH_SIZE else True)
     results = classify(model, files, args.topk)
     while True:
@@ -213,14 +240,14 @@ def _predict(args: argparse.Namespace) -> int:
             file, predictions = next(results)
         except StopIteration:
             break
-        except Exception as e:  # a model of others may refuse what its own cfg asks for
-            _complain(f'Model {args.model!r} failed on the images: {e!r}')
+        except Exception as e:  # a model of others may fail on the input of its own cfg
+            _print_error(f'Model {args.model!r} failed on the images: {e!r}')
             return 2
         bar.update()
-        name = str(file).encode(errors='backslashreplace').decode()  # names can hold bytes that are no text
+        name = str(file).encode(errors='backslashreplace').decode()  # a name may contain bytes that are not text
         if isinstance(predictions, ValueError):
             failed += 1
-            _complain(str(predictions))
+            _print_error(str(predictions))
             continue
         done += 1
         if args.json:
@@ -236,17 +263,18 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _attention(args: argparse.Namespace) -> int:
     try:
-        from timm_sknet.figures import FORMATS, MOST_IMAGES, draw_classes, draw_images
+        from timm_sknet.attention.figures import FORMATS, MOST_IMAGES, draw_classes, draw_images
     except ImportError:
-        return _refuse(ImportError("Figures need matplotlib: pip install 'timm-sknet[plot]'."))
+        return _fail(ImportError("Figures need matplotlib. Run pip install 'timm-sknet[plot]'."))
     from timm_sknet.attention import find_units, scale_experiment, table, typical_units, write_csv
-    from timm_sknet.predict import find_images, load_model, read_image
+    from timm_sknet.images import find_images, read_image
+    from timm_sknet.predict import load_model
 
     failed = []
 
     def fail(error: ValueError) -> None:
         failed.append(error)
-        _complain(str(error))
+        _print_error(str(error))
 
     by_class = any(os.path.isdir(path) for path in args.paths)
     try:
@@ -254,16 +282,16 @@ def _attention(args: argparse.Namespace) -> int:
             if file and file.suffix.lower() not in endings:
                 raise ValueError(f'{option} must end in {" or ".join(endings)}, got {str(file)!r}.')
             if file and not file.parent.is_dir():
-                raise ValueError(f'There is no folder {str(file.parent)!r} to write {option} {file.name} to: make it.')
+                raise ValueError(f'There is no folder {str(file.parent)!r} for {option} {file.name}. Create it first.')
             if file and file.is_dir():
                 raise ValueError(f'{option} must be a file, got the folder {str(file)!r}.')
         if any(args.out.absolute() == Path(path).absolute() for path in args.paths):
-            raise ValueError(f'--out would replace the image {str(args.out)!r}: give it another name.')
+            raise ValueError(f'--out would replace the image {str(args.out)!r}. Choose another name.')
         found = (file for path in args.paths for file in find_images(path))
-        files = [file for file in found if file.absolute() != args.out.absolute()]  # that of an earlier run
+        files = [file for file in found if file.absolute() != args.out.absolute()]  # skips an earlier figure
         if not by_class and len(files) > MOST_IMAGES:
             raise ValueError(
-                f'{len(files)} images do not fit into one figure: give {MOST_IMAGES} at most, or a folder of them.'
+                f'{len(files)} images do not fit into one figure. Give at most {MOST_IMAGES} images, or a folder.'
             )
         model = load_model(args.model)
         known = list(find_units(model))
@@ -292,8 +320,8 @@ def _attention(args: argparse.Namespace) -> int:
             groups = [result.classes if by_class else [str(file) for file in result.files] for result in results]
             write_csv([row for result, names in zip(results, groups) for row in table(result, names)], args.csv)
     except (OSError, RuntimeError, ValueError) as e:
-        return _refuse(e)
-    print(f'{args.out} is drawn.')
+        return _fail(e)
+    print(f'Wrote {args.out}.')
     return 1 if failed else 0
 
 
@@ -308,12 +336,12 @@ def _recipe(args: argparse.Namespace) -> int:
     recipes = {file.stem: file for file in sorted((Path(__file__).parent / 'recipes').glob('*.yaml'))}
     if not args.name:
         for name, file in recipes.items():
-            what, *_ = file.read_text().splitlines()
-            print(f'{name:24}{what.removeprefix("# ")}')
+            description, *_ = file.read_text().splitlines()
+            print(f'{name:24}{description.removeprefix("# ")}')
         return 0
     name = args.name.removesuffix('.yaml')
     if name not in recipes:
-        return _refuse(ValueError(f'There is no recipe {args.name!r}. There are {", ".join(recipes)}.'))
+        return _fail(ValueError(f'There is no recipe {args.name!r}. Choose one of {", ".join(recipes)}.'))
     print(recipes[name])
     return 0
 
@@ -321,7 +349,7 @@ def _recipe(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from safetensors import SafetensorError
 
-    from timm_sknet.convert import convert
+    from timm_sknet.checkpoints.convert import convert
 
     try:
         convert(
@@ -337,17 +365,17 @@ def _convert(args: argparse.Namespace) -> int:
             force=args.force,
         )
     except (ValueError, OSError, SafetensorError, ImportError, MemoryError) as e:
-        return _refuse(e)
-    print(f'{args.out} is written. Load it with timm.create_model({f"local-dir:{args.out}"!r}, pretrained=True).')
+        return _fail(e)
+    print(f'Wrote {args.out}. Load it with timm.create_model({f"local-dir:{args.out}"!r}, pretrained=True).')
     return 0
 
 
 def _push(args: argparse.Namespace) -> int:
-    from timm_sknet.push import push
+    from timm_sknet.checkpoints.push import push
 
     try:
         name = push(args.folder, args.repo, private=args.private, revision=args.revision)
     except (ValueError, OSError) as e:
-        return _refuse(e)
-    print(f'The Hub has it. Load it with timm.create_model({name!r}, pretrained=True).')
+        return _fail(e)
+    print(f'Pushed. Load it with timm.create_model({name!r}, pretrained=True).')
     return 0

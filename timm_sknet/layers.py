@@ -1,4 +1,4 @@
-"""The SK convolution as a layer: the modules that own the parameters (paper, section 3.1)."""
+"""The SK convolution and its attention: the modules that own the parameters (paper, section 3.1)."""
 
 import copy
 import operator
@@ -6,18 +6,18 @@ from typing import Optional, Sequence, Tuple
 
 import timm.layers
 import torch
-from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct, get_norm_act_layer
+from timm.layers import get_norm_act_layer
 from timm.layers.typing import LayerType
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from timm_sknet.folding import Folded, fold, watched
 from timm_sknet.ops import fuse, recompute_in_backward, select
 
 Branch = Tuple[int, int, int]  # kernel size k, dilation D, groups G; G = 0 is depthwise
 PAPER_BRANCHES: Tuple[Branch, ...] = ((3, 1, 32), (3, 2, 32))
 
 
-# nodes of their own in a torch.fx graph, whose quantizers stumble over the dtypes inside
+# Leaf functions in a torch.fx graph, because quantizers fail on the dtype conversions inside.
 torch.fx.wrap('fuse')
 torch.fx.wrap('select')
 torch.fx.wrap('recompute_in_backward')
@@ -27,56 +27,14 @@ torch.fx.wrap('recompute_in_backward')
 def _check_batch(s: Tensor) -> None:
     if s.shape[0] == 1:
         raise ValueError(
-            'The attention of a selective kernel normalises over the batch, which cannot be done with a training batch '
-            'of 1: use a larger batch (drop_last=True in the loader), call eval(), freeze the batch norm layers, or '
-            "choose a norm_layer that does not need the batch, such as 'layernorm2d'."
+            'The batch norm in the attention of an SK convolution cannot normalise a training batch of 1. Use a larger '
+            'batch (drop_last=True in the loader), call eval(), freeze the batch norm layers, or choose a norm_layer '
+            "that does not need a batch, such as 'layernorm2d'."
         )
 
 
-class Folded(nn.Module):
-    """What is left of a batch norm that was folded into the convolution before it: its activation."""
-
-    def __init__(self, act: nn.Module):
-        super().__init__()
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            raise RuntimeError('A folded (reparameterized) model is for inference: call eval(), or train the original.')
-        return self.act(x)
-
-
-def fold(conv: nn.Module, norm: nn.Module) -> Tuple[nn.Module, nn.Module]:
-    """Folds a batch norm, with its running statistics, into the convolution before it.
-
-    Args:
-        conv: Left as it is, as it may be shared.
-        norm: One of timm's layers of norm and activation.
-
-    Returns:
-        What to put in the places of both: a convolution of the two, and the activation. Where they are not what a
-        network is built with, but changed, watched or replaced, they come back themselves.
-    """
-    if type(conv) is not nn.Conv2d or type(norm) not in BATCH_NORMS or norm.running_var is None:
-        return conv, norm
-    if any(_watched(m) for m in (conv, norm, norm.drop)):
-        return conv, norm
-    folded, norm = copy.deepcopy(conv), copy.deepcopy(norm).double()
-    bias = None if conv.bias is None else conv.bias.double()
-    fused = fuse_conv_bn_weights(
-        conv.weight.double(), bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
-    for name, value in zip(('weight', 'bias'), fused):
-        trainable = conv.weight.requires_grad
-        setattr(folded, name, nn.Parameter(value.detach().to(conv.weight), requires_grad=trainable))
-    return folded, Folded(norm.act).train(conv.training)
-
-
-BATCH_NORMS = BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d
-
-
 class ConvNormAct(timm.layers.ConvNormAct):
-    """timm's layer, and how `timm.utils.reparameterize_model` folds it."""
+    """timm's ConvNormAct with a method by which `timm.utils.reparameterize_model` folds it."""
 
     def reparameterize(self) -> None:
         if type(self) is ConvNormAct:
@@ -86,8 +44,8 @@ class ConvNormAct(timm.layers.ConvNormAct):
 class SelectiveKernelAttn(nn.Module):
     """Attention over the branches: z = act(norm(W s)), a = softmax(A z) (equations 3 and 5).
 
-    Its output is all that a tool needs to see what a running model selects: a forward hook on this module gets a. Where
-    the model is compiled, register it before the first call: torch leaves later hooks out of the graph.
+    A forward hook on this module receives a. Register it before the first call of a compiled model: torch.compile
+    ignores hooks that are registered later.
 
     Args:
         channels: Number of channels C.
@@ -118,13 +76,17 @@ class SelectiveKernelAttn(nn.Module):
         self.register_buffer('signs', None, persistent=False)
 
     def reparameterize(self) -> None:
-        """Folds the norm and, for two branches, A to the difference of its halves: a_1, a_2 = sigmoid(+, - that)."""
+        """Folds the norm and, for two branches, A.
+
+        The softmax over two logits depends only on their difference d: a_1 = sigmoid(d) and a_2 = sigmoid(-d). So the
+        two halves of A are replaced by their difference.
+        """
         if type(self) is not SelectiveKernelAttn:
             return
         self.fc1, self.bn = fold(self.fc1, self.bn)
         fc2 = self.fc2
         one_logit = self.M == 2 and isinstance(self.bn, Folded) and self.signs is None
-        if one_logit and type(fc2) is nn.Conv2d and fc2.bias is None and not _watched(fc2):
+        if one_logit and type(fc2) is nn.Conv2d and fc2.bias is None and not watched(fc2):
             first, second = fc2.weight.detach().chunk(2)
             self.fc2 = copy.deepcopy(fc2)
             self.fc2.weight = nn.Parameter(first - second, requires_grad=fc2.weight.requires_grad)
@@ -132,10 +94,10 @@ class SelectiveKernelAttn(nn.Module):
             self.signs = first.new_tensor([[1.0], [-1.0]])
 
     def forward(self, s: Tensor) -> Tensor:
-        """Maps the statistics s, (B, C, 1, 1), to the weights a, (B, M, C), which sum to 1 over M.
+        """Maps the statistics s, (B, C, 1, 1), to the attention weights a, (B, M, C), which sum to 1 over M.
 
         Raises:
-            ValueError: In training, where a BatchNorm would normalise over a batch of 1.
+            ValueError: If a batch norm in training mode gets a batch of 1.
         """
         if not torch.jit.is_scripting():
             if self.bn.training and isinstance(self.bn, nn.BatchNorm2d):
@@ -150,26 +112,26 @@ class SelectiveKernelAttn(nn.Module):
 class SelectiveKernelConv(nn.Module):
     """SK convolution: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)).
 
-    Branch i is a grouped k_i x k_i convolution of dilation D_i, norm and activation, giving U_i; the output is
-    V = sum_i a_i U_i with attention a = softmax(A act(norm(W mean(sum_i U_i)))), channel by channel. With one branch
-    the softmax is 1: V = U_1, and the layer has no attention parameters.
+    Branch i computes U_i by a grouped k_i x k_i convolution with dilation D_i, norm and activation. The output is
+    V = sum_i a_i U_i, channel by channel, with the attention a = softmax(A act(norm(W mean(sum_i U_i)))). With one
+    branch the softmax is 1. Then V = U_1, and the layer has no attention parameters.
 
     Args:
         in_channels: Number of input channels C_in.
         out_channels: Number of output channels C; C_in if None.
-        branches: One (kernel size, dilation, groups) per branch, M >= 1 of them; 0 groups make it depthwise.
+        branches: Kernel size, dilation and groups of each of the M >= 1 branches; 0 groups mean depthwise.
         stride: Stride of every branch.
-        dilation: Factor on every branch's own dilation.
+        dilation: Factor that multiplies the dilation of every branch.
         r: Reduction ratio of the attention; its width is d = max(C / r, L).
-        L: Least attention width.
-        attn_channels: The attention width d itself, in place of r and L.
+        L: Minimum attention width.
+        attn_channels: Attention width d, used instead of r and L.
         act_layer: Activation of branches and attention, class or name.
         norm_layer: Normalisation of branches and attention, class or name.
-        memory_efficient: In training, save one map of each branch for backward where autograd alone saves two, and
-            compute the other one again; see `timm_sknet.ops.recompute_in_backward`.
+        memory_efficient: In training, save one map of each branch for backward instead of two, and recompute the
+            other one; see `timm_sknet.ops.recompute_in_backward`.
 
     Raises:
-        ValueError: For branches, stride or widths that no such layer can have.
+        ValueError: If branches, stride, dilation or attention width are not valid.
     """
 
     def __init__(
@@ -192,7 +154,7 @@ class SelectiveKernelConv(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         self.memory_efficient = memory_efficient
         out_channels = in_channels if out_channels is None else out_channels
-        branches = check_branches(branches, in_channels, out_channels)
+        branches = normalize_branches(branches, in_channels, out_channels)
         if attn_channels is None:
             if r <= 0:
                 raise ValueError(f'r must be positive, got {r}.')
@@ -241,18 +203,11 @@ class SelectiveKernelConv(nn.Module):
         return V
 
 
-def _watched(m: nn.Module) -> bool:
-    """Whether calling the module does more than its class says."""
-    # torch has no public way to ask for hooks
-    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    return bool(hooks) or 'forward' in vars(m)
-
-
-def check_branches(branches: Sequence[Branch], in_channels: int, out_channels: int) -> Tuple[Branch, ...]:
-    """Returns the branches with the groups of depthwise ones filled in.
+def normalize_branches(branches: Sequence[Branch], in_channels: int, out_channels: int) -> Tuple[Branch, ...]:
+    """Returns the branches as tuples, with 0 groups (depthwise) replaced by the number of input channels.
 
     Raises:
-        ValueError: Where a branch is no (kernel size, dilation, groups) or does not fit the channels.
+        ValueError: If a branch is not (kernel size, dilation, groups), or if its groups do not divide the channels.
     """
     form = 'a sequence of (kernel size, dilation, groups), such as [[3, 1, 32], [3, 2, 32]]'
     try:
@@ -260,8 +215,8 @@ def check_branches(branches: Sequence[Branch], in_channels: int, out_channels: i
     except (TypeError, ValueError):
         raise ValueError(f'branches must be {form}, got {branches!r}.') from None
     if not triples:
-        raise ValueError(f'branches must hold at least one branch: {form}.')
-    checked = []
+        raise ValueError(f'branches must be {form}, with at least one branch, got {branches!r}.')
+    normalized = []
     for k, D, G in triples:
         if k < 1 or k % 2 == 0 or D < 1 or G < 0:
             raise ValueError(
@@ -272,7 +227,7 @@ def check_branches(branches: Sequence[Branch], in_channels: int, out_channels: i
         if in_channels % G or out_channels % G:
             raise ValueError(
                 f'{G} groups do not divide {in_channels} input and {out_channels} output channels of branch '
-                f'{[k, D, G]}: choose groups that divide both.'
+                f'{[k, D, G]}. Choose groups that divide both.'
             )
-        checked.append((k, D, G))
-    return tuple(checked)
+        normalized.append((k, D, G))
+    return tuple(normalized)

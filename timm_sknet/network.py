@@ -1,18 +1,15 @@
-"""One network for every family of SKNets: stem -> stages of units -> head (paper, tables 1, 4 and 6)."""
+"""The network class of all SKNets: stem -> stages of units -> head (paper, tables 1, 4 and 6)."""
 
 import math
-import re
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import (
     Any,
     Callable,
     Dict,
-    Iterable,
     Iterator,
     List,
     Literal,
-    Mapping,
     NamedTuple,
     Optional,
     Sequence,
@@ -32,6 +29,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices  # timm has no public name for it
 from torch import Tensor, nn
 
+from timm_sknet.keys import accept_foreign_keys
 from timm_sknet.layers import (
     PAPER_BRANCHES,
     Branch,
@@ -43,7 +41,7 @@ from timm_sknet.layers import (
 
 @dataclass(frozen=True)
 class SKNetCfg:
-    """What distinguishes one SKNet from another; every field can be given to `create_model` as a JSON value.
+    """Architecture of an SKNet. `create_model` takes each field as an argument, also as a JSON value.
 
     Attributes:
         unit: Kind of unit, a key of `UNITS`.
@@ -52,19 +50,19 @@ class SKNetCfg:
         widths: Output channels of each stage.
         strides: Stride of each stage's first unit.
         stem: Channels, kernel size and stride of the first convolution.
-        stem_pool: Max-pool 3x3 of stride 2 behind it: 'pad' (padding 1, PyTorch's ResNets), 'ceil' (no padding,
-            rounded up, the authors' Caffe files) or '' for none.
-        head_width: Channels of a last 1x1 convolution before the pool, 0 for none.
+        stem_pool: 3x3 max pool of stride 2 after the stem: 'pad' (padding 1, as in PyTorch's ResNets), 'ceil' (no
+            padding, size rounded up, as in the authors' Caffe files) or '' for none.
+        head_width: Channels of a last 1x1 convolution before the global pool, 0 for none.
         branches: Kernel size, dilation and groups (0: depthwise) of each branch of the SK convolutions.
         r: Reduction ratio of the attention.
-        L: Least attention width.
-        attn_widths: Attention width of each stage, in place of r and L.
+        L: Minimum attention width.
+        attn_widths: Attention width of each stage, used instead of r and L.
         act_layer: Activation of the whole network, name or class.
         norm_layer: Normalisation of the whole network, name or class.
-        bn_momentum: Momentum (torch's) of batch norm layers; None leaves the layer's own.
-        bn_eps: The eps of batch norm layers; None leaves the layer's own.
-        init: He initialisation of the convolutions, 'fan_in' as in the authors' Caffe files (which also draw
-            attention and classifier from a Gaussian of .01) or 'fan_out' as in their PyTorch variant.
+        bn_momentum: Momentum of batch norm layers, as torch defines it; None for the default of `norm_layer`.
+        bn_eps: The eps of batch norm layers; None for the default of `norm_layer`.
+        init: Initialisation: 'caffe' as in the authors' Caffe files (He by fan-in; attention and classifier from a
+            Gaussian with standard deviation 0.01) or 'pytorch' as in their PyTorch code (He by fan-out).
     """
 
     unit: str = 'bottleneck'
@@ -83,7 +81,7 @@ class SKNetCfg:
     norm_layer: LayerType = 'batchnorm2d'
     bn_momentum: Optional[float] = 0.05
     bn_eps: Optional[float] = 1e-5
-    init: Literal['fan_in', 'fan_out'] = 'fan_in'
+    init: Literal['caffe', 'pytorch'] = 'caffe'
 
     def __post_init__(self):
         stages = len(self.depths)
@@ -97,25 +95,25 @@ class SKNetCfg:
 
     @property
     def levels(self) -> int:
-        """Number of feature maps: one of each stage, and those of stem and pool that a stride sets apart."""
+        """Number of feature maps: one for each stage, plus stem and pool if the next map is smaller."""
         return len(self.depths) + bool(self.stem_pool) + (self.strides[0] > 1)
 
     def override(self, **kwargs: Any) -> 'SKNetCfg':
-        """Returns a copy with the fields that are not None replaced; a norm layer brings its own momentum and eps."""
+        """Returns a copy with the fields replaced that are not None. A new norm layer has its own momentum and eps."""
         if kwargs.get('norm_layer') is not None:
             self = replace(self, bn_momentum=None, bn_eps=None)
         return replace(self, **{k: v for k, v in kwargs.items() if v is not None})
 
 
 class UnitSpec(NamedTuple):
-    """What a unit is built from: its place in the network, and the builders of its layers."""
+    """Arguments of a unit: its place in the network and the constructors of its layers."""
 
     in_chs: int
     mid_chs: int
     out_chs: int
     stride: int
-    dilation: int  # of layers behind the one that has the stride
-    project: bool  # where width or size changes, and the shortcut must too
+    dilation: int  # of the layers after the strided one
+    project: bool  # width or size changes, so the shortcut needs a projection
     drop_path: float
     conv: Callable[..., Any]
     sk: Callable[..., Any]
@@ -123,7 +121,7 @@ class UnitSpec(NamedTuple):
 
 
 class ResidualUnit(nn.Module):
-    """What its `residual` adds to the shortcut, a projection where need be."""
+    """Base class of residual units: adds `residual(x)` to the shortcut, which is the identity or a projection."""
 
     def __init__(self, spec: UnitSpec):
         super().__init__()
@@ -138,11 +136,11 @@ class ResidualUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.drop_path(self.residual(x))
-        y += self.shortcut(x)  # in place, as nobody needs the residual itself: saves the memory traffic of a new map
+        y += self.shortcut(x)  # in place, which avoids a new map: the residual is not needed again
         return self.act(y)
 
     def zero_init_last(self) -> None:
-        """Starts the unit as the identity."""
+        """Initialises the last norm with zeros, so that the unit starts as the identity."""
         raise NotImplementedError
 
 
@@ -163,7 +161,7 @@ class Bottleneck(ResidualUnit):
 
 
 class BasicBlock(ResidualUnit):
-    """SK convolution -> 3x3, plus the shortcut: the two-layer unit of small ResNets with its first layer selective."""
+    """SK convolution -> 3x3, plus the shortcut: the basic block of ResNets with an SK convolution as first layer."""
 
     def __init__(self, spec: UnitSpec):
         super().__init__(spec)
@@ -178,10 +176,10 @@ class BasicBlock(ResidualUnit):
 
 
 class ShuffleUnit(nn.Module):
-    """ShuffleNetV2's unit with every depthwise 3x3 an SK convolution (section 4.1; our reading of it).
+    """ShuffleNetV2's unit with SK convolutions as depthwise 3x3 convolutions (section 4.1; details are our choice).
 
-    A unit that keeps width and size transforms half of the channels and passes the others on; one that does not
-    transforms all of them twice, with half of the output channels from either way.
+    A unit that keeps width and size transforms half of the channels and passes the other half on. Any other unit has
+    two paths that both transform all channels, and each path gives half of the output channels.
     """
 
     def __init__(self, spec: UnitSpec):
@@ -205,7 +203,7 @@ class ShuffleUnit(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Units in a row, their activations kept for backward or, with `grad_checkpointing`, computed again."""
+    """A sequence of units. With `grad_checkpointing`, backward recomputes their activations."""
 
     def __init__(self, *units: nn.Module):
         super().__init__(*units)
@@ -225,7 +223,8 @@ STEM_POOLS: Dict[str, Callable[[], nn.Module]] = {
     'ceil': partial(nn.MaxPool2d, 3, stride=2, padding=0, ceil_mode=True),
     '': nn.Identity,
 }
-INITS = 'fan_in', 'fan_out'
+# The mode of He initialisation for each `SKNetCfg.init`.
+INITS: Dict[str, Literal['fan_in', 'fan_out']] = {'caffe': 'fan_in', 'pytorch': 'fan_out'}
 
 
 class SKNet(nn.Module):
@@ -236,16 +235,17 @@ class SKNet(nn.Module):
         num_classes: Number of classes, 0 for pooled features.
         in_chans: Number of image channels.
         global_pool: Pooling of the head, as in timm ('' for none).
-        output_stride: Ratio of image to last map; strides beyond it become dilations. None: the network's own.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth rate of the last unit, rising linearly from 0.
-        zero_init_last: Start residual units as identities (the authors do not).
-        memory_efficient: Keep less for backward; see `SelectiveKernelConv`.
-        overrides: Any field of `SKNetCfg` to replace.
+        output_stride: Image size divided by the size of the last map. Strides that would exceed it become dilations;
+            None keeps all strides.
+        drop_rate: Dropout rate before the classifier.
+        drop_path_rate: Stochastic depth rate of the last unit; the rate rises linearly from 0.
+        zero_init_last: Initialise residual units as identities (the authors do not).
+        memory_efficient: Save less memory for backward; see `SelectiveKernelConv`.
+        overrides: Fields of `SKNetCfg` to replace.
 
     Raises:
-        TypeError: For an unknown argument.
-        ValueError: For a value that this network cannot have.
+        TypeError: If an argument is unknown.
+        ValueError: If a value is not valid for this network.
     """
 
     def __init__(
@@ -267,8 +267,8 @@ class SKNet(nn.Module):
         cfg = cfg.override(**overrides)
         if cfg.unit == 'shuffle' and (drop_path_rate or zero_init_last):
             raise ValueError(
-                f'A network of shuffle units has no residual to drop or to zero, got drop_path_rate={drop_path_rate}, '
-                f'zero_init_last={zero_init_last}: leave both out.'
+                f'Shuffle units have no residual, got drop_path_rate={drop_path_rate}, '
+                f'zero_init_last={zero_init_last}. Leave both arguments out.'
             )
         dd = {'device': device, 'dtype': dtype}
         self.in_chans = in_chans
@@ -311,13 +311,13 @@ class SKNet(nn.Module):
                 )
                 units.append(UNITS[cfg.unit](spec))
                 width = cfg.widths[i]
-                dilation = dilations[i]  # after the unit whose stride it stands for
+                dilation = dilations[i]  # only after the unit whose stride it replaces
             reduction *= strides[i]
             stages.append(Stage(*units))
             taps.append((f'stages.{i}', width, reduction))
         self.stages = nn.Sequential(*stages)
 
-        # stem and pool are features of their own only where the next map is smaller
+        # stem and pool give a feature map only if the next map is smaller
         self.feature_info: List[Dict[str, Any]] = [
             dict(module=name, num_chs=chs, reduction=red)
             for (name, chs, red), (_, _, next_red) in zip(taps, [*taps[1:], ('', 0, 0)])
@@ -329,23 +329,25 @@ class SKNet(nn.Module):
         self.head: ClassifierHead
         self.reset_classifier(num_classes, global_pool, **dd)
 
-        # torch has no public name for what all its batch norms are
+        # the base class of torch's batch norms has no public name
         batch_norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for name, value in ('momentum', cfg.bn_momentum), ('eps', cfg.bn_eps):
             if value is not None and not batch_norms:
-                raise ValueError(f'bn_{name}={value} has no batch norm to act on: norm_layer is {cfg.norm_layer!r}.')
+                raise ValueError(
+                    f'bn_{name}={value} needs a batch norm, but norm_layer is {cfg.norm_layer!r}. Leave bn_{name} out.'
+                )
             for m in batch_norms if value is not None else ():
                 setattr(m, name, value)
         self._init_weights(cfg.init, zero_init_last)
-        self.register_load_state_dict_pre_hook(_accept_foreign_keys)
+        self.register_load_state_dict_pre_hook(accept_foreign_keys)
 
     @torch.jit.ignore
-    def _init_weights(self, init: Literal['fan_in', 'fan_out'], zero_init_last: bool = False) -> None:
-        """Draws the weights as the authors do; see `SKNetCfg.init`."""
+    def _init_weights(self, init: Literal['caffe', 'pytorch'], zero_init_last: bool = False) -> None:
+        """Initialises the weights as the authors do; see `SKNetCfg.init`."""
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode=init, nonlinearity='relu')
-        if init == 'fan_in':
+                nn.init.kaiming_normal_(m.weight, mode=INITS[init], nonlinearity='relu')
+        if init == 'caffe':
             attention = [m for m in self.modules() if isinstance(m, SelectiveKernelAttn)]
             for m in [*(fc for attn in attention for fc in (attn.fc1, attn.fc2)), self.head.fc]:
                 if hasattr(m, 'weight'):
@@ -372,7 +374,7 @@ class SKNet(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each unit in backward instead of keeping its activations."""
+        """Makes backward recompute the activations of each unit instead of keeping them."""
         for m in self.modules():
             if isinstance(m, Stage):
                 m.grad_checkpointing = enable
@@ -404,15 +406,15 @@ class SKNet(nn.Module):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Returns the maps named in `feature_info`, and the last features unless `intermediates_only`.
+        """Returns the maps of `feature_info`, and the final features unless `intermediates_only`.
 
         Args:
             x: Images, (B, in_chans, H, W).
-            indices: The last n maps if an int, all if None, else those at the given positions of `feature_info`.
-            norm: Without effect, the maps are normalised.
-            stop_early: Stop at the last map that is asked for.
-            output_fmt: 'NCHW', there is no other.
-            intermediates_only: Return the maps alone.
+            indices: The last n maps if an int, all maps if None, else the maps at these positions of `feature_info`.
+            norm: No effect: the maps are already normalised.
+            stop_early: Stop after the last requested map.
+            output_fmt: Must be 'NCHW'.
+            intermediates_only: Return only the maps.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
@@ -436,7 +438,7 @@ class SKNet(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> List[int]:
-        """Removes what the maps at `indices` do not need; returns their positions in `feature_info`."""
+        """Removes the layers that the maps at `indices` do not need; returns the positions of these maps."""
         take, last = feature_take_indices(len(self.feature_info), indices)
         names = [name for name, _ in self._steps()]
         last_name = self.feature_info[last]['module']
@@ -468,93 +470,19 @@ class SKNet(nn.Module):
         return self.forward_head(x)
 
 
-# Networks that are ours under other names: a part of a key that gives them away, and what their keys become.
-TIMM = '.conv2.paths.'  # timm's skresnext50_32x4d
-PYTORCH_VARIANT = '.conv2g.'  # the authors' sk_resnet50 and sk_resnet101, a grouped convolution beside each dense one
-FOREIGN_KEYS: Dict[str, Sequence[Tuple[str, Union[str, Callable[[re.Match], str]]]]] = {
-    TIMM: (
-        (r'^conv1\.', 'stem.conv.'),
-        (r'^bn1\.', 'stem.bn.'),
-        (r'^fc\.', 'head.fc.'),
-        (r'^layer(\d)', lambda m: f'stages.{int(m[1]) - 1}'),
-        (r'\.conv2\.paths', '.sk.branches'),
-        (r'\.conv2\.attn\.bn', '.sk.attn.bn'),
-        (r'\.conv2\.attn\.fc_reduce', '.sk.attn.fc1'),
-        (r'\.conv2\.attn\.fc_select', '.sk.attn.fc2'),
-        (r'\.downsample\.0', '.shortcut.conv'),
-        (r'\.downsample\.1', '.shortcut.bn'),
-    ),
-    PYTORCH_VARIANT: (
-        (r'^conv1\.', 'stem.conv.'),
-        (r'^bn1\.', 'stem.bn.'),
-        (r'^fc\.', 'head.fc.'),
-        (r'^layer(\d)', lambda m: f'stages.{int(m[1]) - 1}'),
-        (r'(\.\d+\.conv[13])\.', r'\1.conv.'),
-        (r'(\.\d+)\.bn([13])\.', r'\1.conv\2.bn.'),
-        (r'\.conv2\.', '.sk.branches.0.conv.'),
-        (r'\.bn2\.', '.sk.branches.0.bn.'),
-        (r'\.conv2g\.', '.sk.branches.1.conv.'),
-        (r'\.bn2g\.', '.sk.branches.1.bn.'),
-        (r'\.conv_fc', '.sk.attn.fc'),
-        (r'\.bn_fc1\.', '.sk.attn.bn.'),
-        (r'\.downsample\.0', '.shortcut.conv'),
-        (r'\.downsample\.1', '.shortcut.bn'),
-    ),
-}
-
-
-def native_keys(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Renames the keys of networks that are ours under other names; other state dicts come back as they are."""
-    origin = foreign(state_dict)
-    if origin is None:
-        return state_dict
-    renamed = {}
-    for key, value in state_dict.items():
-        for pattern, name in FOREIGN_KEYS[origin]:
-            key = re.sub(pattern, name, key)
-        renamed[key] = value
-    return renamed
-
-
-def _accept_foreign_keys(model: nn.Module, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-    """Renames the keys under the prefix of a model that loads them; timm filters those of pretrained weights only."""
-    own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-    folded, normalised = is_folded(own), any('.bn.' in key for key in own)
-    if folded != is_folded(model.state_dict()) and (folded or normalised):  # else it is a part that shows neither
-        raise RuntimeError(
-            'The weights and the model are not both folded (reparameterized): load the weights that a model had '
-            'before it was folded into one that is not, and fold it then.'
-        )
-    renamed = native_keys(own)
-    if renamed is not own:
-        for key in own:
-            del state_dict[prefix + key]
-        state_dict.update({prefix + key: value for key, value in renamed.items()})
-
-
-def foreign(state_dict: Iterable[str]) -> Optional[str]:
-    """Returns the key of `FOREIGN_KEYS` for the network that these keys are of; None for any other."""
-    return next((part for part in FOREIGN_KEYS if any(part in key for key in state_dict)), None)
-
-
-def is_folded(state_dict: Mapping[str, Any]) -> bool:
-    """Returns whether these are the weights of a folded SKNet, whose convolutions have a bias and no batch norm."""
-    return any(key.endswith('.conv.bias') for key in state_dict)
-
-
 def dilate(strides: Sequence[int], reduction: int, output_stride: Optional[int]) -> Tuple[List[int], List[int]]:
-    """Turns the strides beyond `output_stride` into dilations.
+    """Replaces the strides beyond `output_stride` by dilations.
 
     Args:
         strides: Stride of each stage.
-        reduction: Ratio of image to map before the first stage.
-        output_stride: Ratio of image to map after the last one; None for what the strides give.
+        reduction: Image size divided by map size before the first stage.
+        output_stride: Image size divided by map size after the last stage; None to keep the strides.
 
     Returns:
-        Dilation and stride of each stage.
+        Dilations and strides of the stages.
 
     Raises:
-        ValueError: Where the stages cannot end at that ratio.
+        ValueError: If no stage ends at `output_stride`.
     """
     reachable = [reduction * math.prod(strides[: i + 1]) for i in range(len(strides))]
     if output_stride is not None and output_stride not in reachable:

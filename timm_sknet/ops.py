@@ -1,9 +1,9 @@
-"""The arithmetic of selective kernels: fuse and select (paper, section 3.1, equations 1, 2, 5 and 6).
+"""Fuse and select, the operations of an SK convolution (paper, section 3.1, equations 1, 2, 5 and 6).
 
-No parameters live here. The branches stay separate tensors: they are never stacked, so the memory format of the
-convolutions' outputs (`torch.channels_last` too) is the memory format of the result.
+The functions have no parameters. They never stack the branches, so the result has the memory format of the
+convolutions' outputs, `torch.channels_last` included.
 
-`fuse` and `select` are all that a forward pass does. `recompute_in_backward` changes what autograd keeps of it.
+`fuse` and `select` compute the forward pass. `recompute_in_backward` only changes what autograd saves for backward.
 """
 
 from typing import Any, List, Optional, Sequence, Tuple
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def fuse(U: List[Tensor]) -> Tensor:
-    """Pools the element-wise sum of the branches over space (equations 1 and 2).
+    """Computes the mean over space of the element-wise sum of the branches (equations 1 and 2).
 
-    Each branch is pooled by itself in float32 or wider, so neither the sum over the branches nor the sum over a large
-    map can overflow a half-precision type.
+    The mean of each branch is computed separately, in float32 or wider. So neither the sum over the branches nor the
+    sum over a large map overflows in half precision.
 
     Args:
         U: The M branch outputs, each (B, C, H, W).
@@ -31,9 +31,10 @@ def fuse(U: List[Tensor]) -> Tensor:
 
 
 def _mean(u: Tensor) -> Tensor:
-    """Mean over space, (B, C, 1, 1), in float32 or wider.
+    """Computes the mean over space, (B, C, 1, 1), in float32 or wider.
 
-    A sum that is divided, as autograd makes a whole new map of the gradient of `mean`; exported as one operator.
+    Eager code divides a sum, because the backward of `mean` allocates a whole map. Exported graphs use `mean`, which is
+    one operator.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
     if not torch.jit.is_scripting():
@@ -43,7 +44,9 @@ def _mean(u: Tensor) -> Tensor:
 
 
 def select(U: List[Tensor], a: Tensor) -> Tensor:
-    """Weighs the branches channel by channel (equations 5 and 6); two branches are interpolated linearly.
+    """Computes the weighted sum of the branches, channel by channel (equations 5 and 6).
+
+    For two branches this is a linear interpolation.
 
     Args:
         U: The M >= 2 branch outputs, each (B, C, H, W).
@@ -55,7 +58,7 @@ def select(U: List[Tensor], a: Tensor) -> Tensor:
     a = a.to(U[0].dtype).unsqueeze(3).unsqueeze(4)
     if len(U) == 2:
         if not torch.jit.is_scripting():
-            if torch.compiler.is_exporting() or torch.jit.is_tracing():  # in ONNX, lerp is eight operators
+            if torch.compiler.is_exporting() or torch.jit.is_tracing():  # lerp would be eight operators in ONNX
                 return U[1] + a[:, 0] * (U[0] - U[1])
         return torch.lerp(U[1], U[0], a[:, 0])
     V = U[0] * a[:, 0]
@@ -65,15 +68,17 @@ def select(U: List[Tensor], a: Tensor) -> Tensor:
 
 
 def recompute_in_backward(U: List[Tensor], V: Tensor) -> Tensor:
-    """Makes autograd free the branch outputs after a forward pass and compute them again in backward.
+    """Makes autograd free the branch outputs after a forward pass and recompute them in backward.
 
-    For each branch autograd saves the convolution's map (for the batch norm) and U_i (for the ReLU and for `select`).
-    This keeps the map alone: backward computes U_i from it, once for both uses. Derivatives of any order stay the same.
+    Autograd saves two maps for each branch: the output of the convolution (for the batch norm) and U_i (for the ReLU
+    and for `select`). This function keeps only the output of the convolution. Backward recomputes U_i from it, once for
+    both uses. Derivatives of any order stay the same.
 
-    Only a U_i that autograd shows to be ReLU(batch norm(map)) is computed again: with the ReLU in place, normalised
-    over the batch, with trainable scale and shift. Anything else (another activation, a value that a hook or a function
-    mode changed) is kept. What autograd does not see, a change through `.data` or by a `TorchDispatchMode`, is not seen
-    here either. Where saved-tensor hooks of others are active, as in checkpointing, they decide what is kept.
+    U_i is recomputed only if the autograd graph shows that it is ReLU(batch norm(convolution)), where the ReLU works in
+    place and the batch norm uses batch statistics and has trainable parameters. Any other U_i is kept, for example if
+    it has another activation, or if a hook or a function mode has changed it. Changes that autograd does not see
+    (through `.data` or by a `TorchDispatchMode`) are not detected. If other saved-tensor hooks are active, as in
+    checkpointing, they decide what is kept.
 
     Args:
         U: The M >= 2 branch outputs, each (B, C, H, W).
@@ -82,27 +87,27 @@ def recompute_in_backward(U: List[Tensor], V: Tensor) -> Tensor:
     Returns:
         V itself.
     """
-    if torch.compiler.is_compiling():  # the compiler decides itself what to keep
+    if torch.compiler.is_compiling():  # the compiler decides what to keep
         return V
-    # The names of saved tensors, `_saved_` and `_raw_saved_`, are those of PyTorch's notes on autograd.
+    # PyTorch's notes on autograd document the attributes `_saved_` and `_raw_saved_`.
     for u, (node, index, saved) in zip(U, _uses(V, len(U))):
         relu: Any = u.grad_fn
         if relu is not _input(node, ('LerpBackward1', 'AddcmulBackward0', 'MulBackward0'), index):
             continue
         norm = _input(relu, ('ReluBackward0',), 0)
         affine: List[Any] = [getattr(_input(norm, BATCH_NORMS, i), 'variable', None) for i in (1, 2)]
-        # statistics in 16 bits, which go with parameters in 16 bits, would not give the same U_i again
+        # 16-bit parameters come with 16-bit statistics, which do not give exactly the same U_i
         if any(p is None or p.itemsize < 4 for p in affine) or not norm._saved_training:
             continue
-        if u._version != 1:  # each change in place counts, and the ReLU must be the only one
+        if u._version != 1:  # counts in-place changes: the ReLU must be the only one
             continue
         output = _Output()
         try:
             relu._raw_saved_result.register_hooks(output.pack, output.unpack)
             getattr(node, saved).register_hooks(output.pack, output.unpack)
             output.free(norm._saved_input, norm._saved_result1, norm._saved_result2, *affine)
-        except RuntimeError:  # other hooks are there, or the map was changed in place
-            pass  # where the hooks are ours, they keep U_i itself
+        except RuntimeError:  # other hooks are registered, or the map changed in place
+            pass  # hooks of ours that are already registered return U_i itself
     return V
 
 
@@ -110,7 +115,7 @@ BATCH_NORMS = 'NativeBatchNormBackward0', 'CudnnBatchNormBackward0', 'MiopenBatc
 
 
 class _Output:
-    """U_i as autograd saves it for two uses: the tensor itself or, after `free`, what to compute it from."""
+    """Saves U_i for its two uses in backward: the tensor itself or, after `free`, the inputs to recompute it."""
 
     def __init__(self) -> None:
         self.U: Optional[Tensor] = None
@@ -121,14 +126,14 @@ class _Output:
 
     def free(self, *inputs: Tensor) -> None:
         self.inputs = [t.detach() for t in inputs]
-        self.versions = [t._version for t in inputs]  # there is no public name for it
+        self.versions = [t._version for t in inputs]  # it has no public name
         self.U = None
 
     def unpack(self, _: None) -> Tensor:
         if not self.inputs:
             assert self.U is not None
             return self.U
-        U, self.U = self.U, None  # the second use takes what the first one has computed
+        U, self.U = self.U, None  # the second use takes the tensor of the first use
         if U is None:
             if self.versions != [t._version for t in self.inputs]:
                 raise RuntimeError(
@@ -142,7 +147,7 @@ class _Output:
 
 
 def _uses(V: Tensor, M: int) -> List[Tuple[Any, int, str]]:
-    """Returns for each branch where `select` uses it: autograd node, number of the input, name of the saved tensor."""
+    """Returns where `select` uses each branch: autograd node, index of the input, name of the saved tensor."""
     node = V.grad_fn
     if M == 2:
         return [(node, 1, '_raw_saved_end'), (node, 0, '_raw_saved_self')]
@@ -154,5 +159,5 @@ def _uses(V: Tensor, M: int) -> List[Tuple[Any, int, str]]:
 
 
 def _input(node: Any, names: Sequence[str], index: int) -> Any:
-    """Returns the autograd node of an input, None where `node` has none of the names."""
+    """Returns the autograd node of an input, or None if `node` has none of the names."""
     return node.next_functions[index][0] if node is not None and node.name() in names else None

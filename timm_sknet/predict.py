@@ -1,7 +1,6 @@
-"""Classifies image files with any model of timm: the work behind `timm-sknet predict`."""
+"""Classifies image files with any timm model, for `timm-sknet predict`."""
 
 import difflib
-import os
 import reprlib
 import sys
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from typing import Any, Iterator, List, Sequence, Tuple, Union
 import timm
 import torch
 from huggingface_hub.utils import LocalEntryNotFoundError, tqdm
-from PIL import Image, UnidentifiedImageError
-from timm.data import ImageNetInfo, create_transform, get_img_extensions, infer_imagenet_subset, resolve_data_config
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import nn
+
+from timm_sknet.images import read_image
 
 PHOTOS = Path(__file__).parent / 'photos'
 BATCH_SIZE = 32
@@ -21,61 +21,46 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class Prediction:
-    """One class of one image."""
+    """A class of an image with its probability."""
 
     label: str
     index: int
     probability: float
 
 
-def find_images(path: Union[str, Path]) -> List[Path]:
-    """Returns the file itself, or all images below a folder, sorted.
-
-    Raises:
-        ValueError: For a folder without images.
-    """
-    if not os.path.isdir(path):
-        return [Path(path)]
-    endings = (*get_img_extensions(), '.bmp', '.webp')
-    files = sorted(file for file in Path(path).rglob('*') if file.suffix.lower() in endings and file.is_file())
-    if not files:
-        raise ValueError(f'{path}: there is no image in this folder, nor below it. Looked for {", ".join(endings)}.')
-    return files
-
-
 def load_model(name: str) -> nn.Module:
-    """Returns a classifier with its pretrained weights, in eval mode.
+    """Loads a classifier with its pretrained weights, in eval mode.
 
     Args:
         name: A registered name, 'hf-hub:ORG/REPO' or 'local-dir:FOLDER'.
 
     Raises:
-        RuntimeError: Where there is no such model, or no weights for it; the text says why and what works instead.
-        ValueError: For a model that is no classifier.
+        RuntimeError: If the model or its weights do not exist or cannot be loaded. The message names the remedy.
+        ValueError: If the model is not an image classifier.
     """
     try:
         model = timm.create_model(name, pretrained=True)
     except LocalEntryNotFoundError as e:
         raise RuntimeError(
-            f'The Hub cannot be reached, and there is no download of {name!r} on this machine. Use the model in the '
-            'package (leave out --model) or a local folder (local-dir:FOLDER); HF_HUB_OFFLINE=1 ends the wait at once.'
+            f'The Hub cannot be reached, and {name!r} is not in the cache. Use the model in the package (leave out '
+            '--model) or a local folder (local-dir:FOLDER). HF_HUB_OFFLINE=1 skips the wait.'
         ) from e
-    except Exception as e:  # names lead to files and repositories of others, which can be wrong in every way
+    except Exception as e:  # files and repositories of others can cause any error
         known = [*timm.list_models(), *timm.list_pretrained()]
         near = [] if name in known else difflib.get_close_matches(name.lower(), known, n=5)
-        hint = f' The nearest names: {", ".join(near)}.' if near else ''
+        hint = f' Similar names: {", ".join(near)}.' if near else ''
         reason = ' '.join(str(e).split()).rstrip('.') or repr(e)
         raise RuntimeError(f'Model {name!r} cannot be loaded: {reason}.{hint}') from e
     if not model.num_classes:
-        raise ValueError(f'Model {name!r} has no classes to predict, it gives features. Choose a classifier.')
+        raise ValueError(f'Model {name!r} has no classes to predict: it returns features. Choose a classifier.')
     channels = resolve_data_config({}, model=model)['input_size'][0]
     if channels not in (1, 3):
-        raise ValueError(f'Model {name!r} takes images of {channels} channels. Choose one for 3 (colour) or 1 (grey).')
+        raise ValueError(f'Model {name!r} takes images with {channels} channels. Choose a model for 3 or 1 channels.')
     return model.eval()
 
 
 def fast_layout(model: nn.Module) -> torch.memory_format:
-    """Puts a model that is on a CPU into channels_last, which is faster there; returns the layout for its images."""
+    """Converts a model on a CPU to channels_last, which is faster there; returns the memory format for its images."""
     if next(model.parameters()).device.type != 'cpu':
         return torch.preserve_format
     model.to(memory_format=torch.channels_last)
@@ -83,15 +68,15 @@ def fast_layout(model: nn.Module) -> torch.memory_format:
 
 
 def label_names(value: Any, num_classes: int) -> List[str]:
-    """Returns the name of each class in the order of their indices.
+    """Returns the class names in the order of their indices.
 
     Args:
-        value: `label_names` of a cfg: a list of texts, or a mapping from indices, in any order, to texts. The indices
-            may be texts, as those of JSON are.
+        value: `label_names` of a cfg: a list of strings, or a mapping from indices to strings in any order. The indices
+            may be strings, as in JSON.
         num_classes: Number of classes.
 
     Raises:
-        ValueError: For anything else, and for fewer or more names than classes.
+        ValueError: If `value` has another type, or does not have one name for each class.
     """
     names = value
     if isinstance(value, dict):
@@ -104,15 +89,15 @@ def label_names(value: Any, num_classes: int) -> List[str]:
         return list(names)
     number = f'{len(value)}: ' if isinstance(value, (list, tuple, dict)) else ''
     raise ValueError(
-        f'label_names must be a list of {num_classes} texts, or a mapping from the indices 0 to {num_classes - 1} to '
-        f'texts, got {number}{reprlib.repr(value)}.'
+        f'label_names must be a list of {num_classes} strings, or a mapping from the indices 0 to {num_classes - 1} to '
+        f'strings, got {number}{reprlib.repr(value)}.'
     )
 
 
 def class_names(model: nn.Module) -> List[str]:
-    """Returns the name of each class: those of the cfg, else ImageNet's where their number fits, else the index.
+    """Returns the class names of the cfg, else those of ImageNet if their number fits, else the class indices.
 
-    Where those of the cfg cannot be used, stderr says so in one line, and the names are the indices.
+    If the names of the cfg are not valid, a line on stderr says so, and the class indices are returned.
     """
     cfg: Any = model.pretrained_cfg
     num_classes: Any = model.num_classes
@@ -124,8 +109,8 @@ def class_names(model: nn.Module) -> List[str]:
         try:
             names = [descriptions.get(name, name) for name in label_names(cfg['label_names'], num_classes)]
         except ValueError as e:
-            message = f'{e} Indices are shown instead: correct config.json of the model to see names.'
-            tqdm.write(f'timm-sknet: {message}', file=sys.stderr)  # beside a progress bar, not into it
+            message = f'{e} Class indices are shown instead. To see names, correct config.json of the model.'
+            tqdm.write(f'timm-sknet: {message}', file=sys.stderr)  # does not break a progress bar
     elif subset:
         names = ImageNetInfo(subset).label_descriptions()
     if not names or len(names) != num_classes:
@@ -133,44 +118,25 @@ def class_names(model: nn.Module) -> List[str]:
     return names
 
 
-def read_image(file: Path, mode: str = 'RGB') -> Image.Image:
-    """Returns the whole image, decoded as timm's readers do: by Pillow, converted to `mode`, not turned by EXIF.
-
-    Images of more than 8 bits a channel are refused, because Pillow's conversion turns most of their pixels white.
-
-    Raises:
-        ValueError: For whatever is wrong with the file, which the text names.
-    """
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(('I', 'F')):
-                raise ValueError(f'{image.mode} pixels, more than 8 bits a channel. Convert it to 8 bits first.')
-            return image.convert(mode)
-    except UnidentifiedImageError as e:
-        raise ValueError(f'{file}: not an image, or in no format that Pillow reads.') from e
-    except Exception as e:  # Pillow's decoders raise whatever they meet
-        raise ValueError(f'{file}: cannot be read: {getattr(e, "strerror", None) or str(e) or repr(e)}') from e
-
-
 def classify(
     model: nn.Module,
     files: Sequence[Path],
     topk: int = 5,
 ) -> Iterator[Tuple[Path, Union[List[Prediction], ValueError]]]:
-    """Classifies files in batches, preprocessed as the model's cfg has it.
+    """Classifies files in batches, preprocessed as the model's cfg says.
 
     Args:
-        model: A classifier in eval mode. On a CPU, its weights are put into channels_last.
-        files: Images in any format of Pillow.
-        topk: Classes for each image, at most all.
+        model: A classifier in eval mode. On a CPU, its weights are converted to channels_last.
+        files: Images in any format that Pillow reads.
+        topk: Number of classes for each image, or all if there are fewer.
 
     Yields:
-        Each file with its classes, the likeliest first, in the order given; or with the error that says why it cannot
-        be read, somewhat earlier.
+        Each file with its most probable classes, the best first, or with the error that says why it cannot be read. The
+        files keep their order, but errors are yielded before the other files of their batch.
     """
     config = resolve_data_config({}, model=model)
     transform = create_transform(**config)
-    mode = 'RGB' if config['input_size'][0] == 3 else 'L'  # as timm's validate.py
+    mode = 'RGB' if config['input_size'][0] == 3 else 'L'  # as in timm's validate.py
     names, layout = class_names(model), fast_layout(model)
     for start in range(0, len(files), BATCH_SIZE):
         batch = []
@@ -179,7 +145,7 @@ def classify(
                 batch.append((file, transform(read_image(file, mode))))
             except ValueError as e:
                 yield file, e
-            except Exception as e:  # such as no memory for an image of extreme proportions
+            except Exception as e:  # for example out of memory, for an image of extreme proportions
                 yield file, ValueError(f'{file}: cannot be preprocessed: {e!r}')
         if batch:
             images = torch.stack([x for _, x in batch]).to(memory_format=layout)

@@ -1,6 +1,6 @@
-"""Every SKNet by name: architectures, pretrained weights and their figures, in timm's registry.
+"""Registers all SKNets in timm: architectures, pretrained weights and top-1 accuracies.
 
-Facts stand here once; the command line, the README's table and the tests read them from here.
+Each fact is written once, here. The command line, the table of models and the tests read it from this module.
 """
 
 from dataclasses import replace
@@ -10,7 +10,7 @@ from typing import Any, Dict, NamedTuple, Optional
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
-from timm_sknet.download import PretrainedWeights
+from timm_sknet.loading import PretrainedWeights
 from timm_sknet.network import SKNet, SKNetCfg
 
 _SHUFFLENET = SKNetCfg(
@@ -28,7 +28,7 @@ _SK_RESNET = SKNetCfg(
     branches=((3, 1, 1), (3, 1, 32)),
     L=0,
     bn_momentum=0.1,
-    init='fan_out',
+    init='pytorch',
 )
 
 model_cfgs = dict(
@@ -77,9 +77,9 @@ model_cfgs = dict(
     sk_resnet101=replace(_SK_RESNET, depths=(3, 4, 23, 3)),
 )
 
-# Top-1 accuracy in % at the input size of the default cfg: in the paper (tables 2, 4, 5, 7) and, for sk_resnet*, by its
-# authors with their PyTorch code.
-published = dict(
+# Top-1 accuracy in % at the input size of the default cfg, from the paper (tables 2, 4, 5 and 7). The figures of
+# sk_resnet* are those that the paper's authors published with their PyTorch code.
+paper_top1 = dict(
     sknet50=79.21,
     sknet101=79.81,
     sknet50_m3=79.24,
@@ -92,8 +92,8 @@ published = dict(
     sk_resnet101=78.792,
 )
 
-CAFFE = 'https://github.com/implus/SKNet'
-PYTORCH = 'https://github.com/implus/PytorchInsight'
+CAFFE_URL = 'https://github.com/implus/SKNet'
+PYTORCH_URL = 'https://github.com/implus/PytorchInsight'
 _IMAGENET = dict(
     num_classes=1000,
     input_size=(3, 224, 224),
@@ -104,12 +104,12 @@ _IMAGENET = dict(
     std=IMAGENET_DEFAULT_STD,
     first_conv='stem.conv',
     classifier='head.fc',
-    origin_url=CAFFE,
+    origin_url=CAFFE_URL,
     paper_ids='arXiv:1903.06586',
     paper_name='Selective Kernel Networks',
 )
-# What timm's pipeline must do to images in [0, 1] to give the authors' Caffe networks what they were trained on: pixels
-# of 0 to 255 less their mean. Crop and interpolation are our choice, the authors state none.
+# The authors' Caffe networks take pixels of 0 to 255 minus the mean. These values give the same for timm's pipeline,
+# whose images are in [0, 1]. Crop and interpolation are our choice: the authors do not state them.
 CAFFE_INPUT = _IMAGENET | dict(mean=(123 / 255, 117 / 255, 104 / 255), std=(1 / 255, 1 / 255, 1 / 255))
 _CIFAR10 = _IMAGENET | dict(
     num_classes=10,
@@ -142,14 +142,14 @@ _IMAGENETTE = _IMAGENET | dict(
 
 
 class Weights(NamedTuple):
-    """An entry of the table of pretrained weights; top-1 accuracies in % at the cfg's input size.
+    """One set of pretrained weights. Accuracies are top-1 in % at the cfg's input size.
 
     Attributes:
-        cfg: Fields of timm's `PretrainedCfg`: preprocessing, licence, and where the weights are.
-        dataset: What they were trained on, as the Hub names it.
-        published: Accuracy published with the weights.
-        measured: Accuracy measured by us with timm's validate.py; the README has the commands.
-        file_url: Where the authors offer them, for weights that must be converted.
+        cfg: Fields of timm's `PretrainedCfg`: preprocessing, licence and location of the weights.
+        dataset: Training dataset, by its name on the Hub.
+        published: Accuracy that was published with the weights.
+        measured: Accuracy that we measured with timm's validate.py; the documentation shows the commands.
+        file_url: Address of the authors' file, for weights that must be converted first.
     """
 
     cfg: Dict[str, Any]
@@ -160,7 +160,7 @@ class Weights(NamedTuple):
 
     @property
     def source(self) -> str:
-        """Where the weights are, in words; empty where there are none."""
+        """Location of the weights in words; empty if there are no weights."""
         if 'hf_hub_id' in self.cfg:
             return 'the Hub'
         if 'file' in self.cfg:
@@ -174,16 +174,16 @@ def _untrained(description: str, cfg: Dict[str, Any] = _IMAGENET) -> Weights:
 
 
 def _authors(model: str, url: str, cfg: Dict[str, Any] = _IMAGENET) -> Weights:
-    origin = CAFFE if cfg is CAFFE_INPUT else PYTORCH
+    origin = CAFFE_URL if cfg is CAFFE_INPUT else PYTORCH_URL
     return Weights(
         cfg
         | dict(
             origin_url=origin,
             description=f"{model}, trained on ImageNet-1k by the paper's authors.",
-            notes=('The weights are in a file on a drive of the authors, who state no licence.',),
+            notes=('The authors offer the weights as a file on Google Drive and state no licence.',),
         ),
         dataset='imagenet-1k',
-        published=published[model],
+        published=paper_top1[model],
         file_url=url,
     )
 
@@ -194,7 +194,7 @@ def _shipped(name: str, description: str, cfg: Dict[str, Any], dataset: str, mea
         | dict(
             file=str(Path(__file__).parent / 'weights' / f'{name}.safetensors'),
             license='apache-2.0',
-            origin_url='https://arxiv.org/abs/1903.06586',  # the paper: the network and its weights are ours
+            origin_url='https://arxiv.org/abs/1903.06586',  # the paper, because network and weights are ours
             description=description,
             notes=("Weights by the authors of timm_sknet, Apache-2.0, trained with timm's train.py.",),
         ),
@@ -205,8 +205,8 @@ def _shipped(name: str, description: str, cfg: Dict[str, Any], dataset: str, mea
 
 _DRIVE = 'https://drive.google.com/file/d/'
 
-# The one table of weights: `model.tag`, the default of each model first. To add weights from the Hub, add an entry with
-# their `hf_hub_id`; the registry, `timm-sknet models`, the README's table and model cards are made from it.
+# All pretrained weights by `model.tag`; the first entry of a model is its default. To add weights from the Hub, add an
+# entry with their `hf_hub_id`. The registry, `timm-sknet models` and the model cards use this table.
 weights = {
     'sknet26.untrained': _untrained('SKNet-26 of the paper.'),
     'sknet50.ra_in1k': Weights(
@@ -226,7 +226,7 @@ weights = {
         published=80.168,  # timm's results table
     ),
     'sknet101.untrained': _untrained('SKNet-101 of the paper.'),
-    'sknet50_m3.untrained': _untrained('SKNet-50 of the paper with a third branch, dilation 3.'),
+    'sknet50_m3.untrained': _untrained('SKNet-50 of the paper with a third branch of dilation 3.'),
     'sknet50_caffe.authors_in1k': _authors('sknet50_caffe', _DRIVE + '1EKanqFkqoU3L6vgSLW3GjPciesZ2rrUH', CAFFE_INPUT),
     'sknet101_caffe.authors_in1k': _authors(
         'sknet101_caffe', _DRIVE + '1NEYIYeSXQeinLGU5GH2hf8T6MJytzt0U', CAFFE_INPUT
@@ -246,8 +246,8 @@ weights = {
         dataset='imagenette',
         measured=88.64,
     ),
-    'sk_shufflenetv2_x0_5.untrained': _untrained('ShuffleNetV2 0.5x with SK convolutions, our reading of the paper.'),
-    'sk_shufflenetv2_x1_0.untrained': _untrained('ShuffleNetV2 1.0x with SK convolutions, our reading of the paper.'),
+    'sk_shufflenetv2_x0_5.untrained': _untrained('ShuffleNetV2 0.5x with SK convolutions; details are our choice.'),
+    'sk_shufflenetv2_x1_0.untrained': _untrained('ShuffleNetV2 1.0x with SK convolutions; details are our choice.'),
     'sk_resnet50.authors_in1k': _authors('sk_resnet50', _DRIVE + '1DGYWPeKc7dyJ9i-zPJcPPa2engExPOnJ'),
     'sk_resnet101.authors_in1k': _authors('sk_resnet101', _DRIVE + '1WB7HXx-cvUIxFRe-M61XZIzUN0a3nsbF'),
 }
@@ -256,24 +256,24 @@ default_cfgs = generate_default_cfgs({name: entry.cfg for name, entry in weights
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
     named = kwargs.get('pretrained_cfg')
-    if isinstance(named, dict) and 'input_size' in named:  # from JSON a list, to which timm's scripts add tuples
+    if isinstance(named, dict) and 'input_size' in named:  # JSON gives a list, but timm's scripts concatenate tuples
         named['input_size'] = tuple(named['input_size'])
     cfg = resolve_pretrained_cfg(variant, named, kwargs.get('pretrained_cfg_overlay'))
     if pretrained and not (cfg.has_weights or cfg.source or cfg.state_dict):
         trained = [name for name, entry in weights.items() if entry.source and not entry.file_url]
         files = [entry.file_url for name, entry in weights.items() if name.startswith(f'{variant}.') and entry.file_url]
-        remedy = f'convert the file that the authors offer ({files[0]}) with `timm-sknet convert`, ' if files else ''
+        remedy = f"convert the authors' file ({files[0]}) with `timm-sknet convert`, " if files else ''
         raise ValueError(
-            f'There are no public weights of {variant} that timm can load. Use pretrained=False, {remedy}name a '
-            f'checkpoint of your own, or choose a model that has weights: {", ".join(trained)}.'
+            f'There are no public weights of {variant} that timm can load. Use pretrained=False, {remedy}load your '
+            f'own weights, or choose a model with weights: {", ".join(trained)}.'
         )
     model_cfg = model_cfgs[variant]
     levels = model_cfg.override(**{k: v for k, v in kwargs.items() if hasattr(model_cfg, k)}).levels
     by_url = cfg.url and not (cfg.source or cfg.state_dict or cfg.file or cfg.hf_hub_id)
     read = PretrainedWeights(cfg, kwargs.get('cache_dir')) if pretrained and not by_url else None
-    if read:  # timm is told that there is a state dict, without the weights themselves, as it copies what is in a cfg
-        told = replace(cfg, source=None, state_dict={'weights': None})
-        kwargs |= dict(pretrained_cfg=told, pretrained_cfg_overlay=None)
+    if read:  # timm copies the cfg, so a placeholder stands for the weights in it
+        placeholder = replace(cfg, source=None, state_dict={'weights': None})
+        kwargs |= dict(pretrained_cfg=placeholder, pretrained_cfg_overlay=None)
 
     def fit(state_dict: Dict[str, Any], model: SKNet) -> Dict[str, Any]:
         model.pretrained_cfg.pop('state_dict', None)
@@ -296,13 +296,13 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
 
 @register_model
 def sknet26(pretrained: bool = False, **kwargs: Any) -> SKNet:
-    """SKNet-26: 2, 2, 2, 2 units (paper, in a figure of section 4.1)."""
+    """SKNet-26: 2, 2, 2, 2 units (paper, a figure in section 4.1)."""
     return _create('sknet26', pretrained, **kwargs)
 
 
 @register_model
 def sknet50(pretrained: bool = False, **kwargs: Any) -> SKNet:
-    """SKNet-50: 3, 4, 6, 3 units of two branches, 3x3 with dilation 1 and 2 (paper, table 1)."""
+    """SKNet-50: 3, 4, 6, 3 units with two branches, 3x3 with dilation 1 and 2 (paper, table 1)."""
     return _create('sknet50', pretrained, **kwargs)
 
 
@@ -320,19 +320,19 @@ def sknet50_m3(pretrained: bool = False, **kwargs: Any) -> SKNet:
 
 @register_model
 def sknet50_caffe(pretrained: bool = False, **kwargs: Any) -> SKNet:
-    """SKNet-50 as in the authors' Caffe file: a stem pool without padding, rounded up."""
+    """SKNet-50 as in the authors' Caffe file: a stem pool without padding, its size rounded up."""
     return _create('sknet50_caffe', pretrained, **kwargs)
 
 
 @register_model
 def sknet101_caffe(pretrained: bool = False, **kwargs: Any) -> SKNet:
-    """SKNet-101 as in the authors' Caffe file: that stem pool, and an attention of width 16 in the second stage."""
+    """SKNet-101 as in the authors' Caffe file: the same stem pool, and attention of width 16 in the second stage."""
     return _create('sknet101_caffe', pretrained, **kwargs)
 
 
 @register_model
 def sknet29_16x32d(pretrained: bool = False, **kwargs: Any) -> SKNet:
-    """SKNet-29 16x32d for CIFAR: 1x1 and 3x3 branches (paper, section 4.2; kernels recalled)."""
+    """SKNet-29 16x32d for CIFAR: 1x1 and 3x3 branches (paper, section 4.2, which does not state the kernels)."""
     return _create('sknet29_16x32d', pretrained, **kwargs)
 
 
@@ -350,23 +350,23 @@ def sknet14(pretrained: bool = False, **kwargs: Any) -> SKNet:
 
 @register_model
 def sk_shufflenetv2_x0_5(pretrained: bool = False, **kwargs: Any) -> SKNet:
-    """ShuffleNetV2 0.5x with every depthwise convolution selective (paper, section 4.1; our reading)."""
+    """ShuffleNetV2 0.5x with SK convolutions as depthwise convolutions (paper, section 4.1; details are our choice)."""
     return _create('sk_shufflenetv2_x0_5', pretrained, **kwargs)
 
 
 @register_model
 def sk_shufflenetv2_x1_0(pretrained: bool = False, **kwargs: Any) -> SKNet:
-    """ShuffleNetV2 1.0x with every depthwise convolution selective (paper, section 4.1; our reading)."""
+    """ShuffleNetV2 1.0x with SK convolutions as depthwise convolutions (paper, section 4.1; details are our choice)."""
     return _create('sk_shufflenetv2_x1_0', pretrained, **kwargs)
 
 
 @register_model
 def sk_resnet50(pretrained: bool = False, **kwargs: Any) -> SKNet:
-    """SK-ResNet-50*, the authors' PyTorch variant: a dense 3x3 and one of 32 groups (PytorchInsight)."""
+    """SK-ResNet-50* of the authors' PyTorch code (PytorchInsight): a dense 3x3 branch and one with 32 groups."""
     return _create('sk_resnet50', pretrained, **kwargs)
 
 
 @register_model
 def sk_resnet101(pretrained: bool = False, **kwargs: Any) -> SKNet:
-    """SK-ResNet-101*, the authors' PyTorch variant (PytorchInsight)."""
+    """SK-ResNet-101* of the authors' PyTorch code (PytorchInsight)."""
     return _create('sk_resnet101', pretrained, **kwargs)

@@ -1,4 +1,4 @@
-"""The table of models: what `timm-sknet models` prints and the README shows."""
+"""Builds the table of models that `timm-sknet models` prints."""
 
 from typing import List, NamedTuple, Optional, Tuple
 
@@ -6,11 +6,11 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_sknet.sknets import default_cfgs, published, weights
+from timm_sknet.sknets import default_cfgs, paper_top1, weights
 
 
 class Row(NamedTuple):
-    """One model with one set of weights; top-1 accuracies in %, None where there is no figure."""
+    """A model with one set of weights. Accuracies are top-1 in %; None if there is no figure."""
 
     model: str
     parameters: int
@@ -39,7 +39,7 @@ HEADER = (
 
 
 def model_table() -> List[Row]:
-    """Returns a row for each entry of the table of weights; parameters and MACs are counted."""
+    """Returns one row for each set of weights; counts the parameters and MACs of the models."""
     rows = []
     for name, entry in weights.items():
         variant, tag = name.split('.')
@@ -51,9 +51,9 @@ def model_table() -> List[Row]:
             Row(
                 variant,
                 sum(p.numel() for p in model.parameters()),
-                counter.get_total_flops() / 2e9,  # it counts a multiplication and an addition for each MAC
+                counter.get_total_flops() / 2e9,  # a MAC counts as two operations
                 cfg.input_size,
-                published.get(variant),
+                paper_top1.get(variant),
                 tag if entry.source else '',
                 entry.source,
                 cfg.license,
@@ -65,7 +65,7 @@ def model_table() -> List[Row]:
 
 
 def format_table(rows: List[Row], markdown: bool = False) -> str:
-    """Returns the rows as aligned text."""
+    """Formats the rows as an aligned text table, or as a Markdown table."""
     cells = [list(HEADER)] + [
         [
             row.model,

@@ -1,4 +1,4 @@
-"""Checks the archives in dist/: valid metadata, every file of the repository or of the package in them."""
+"""Checks the wheel and the sdist in dist/: valid metadata, no missing files, and no unexpected files."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ with tarfile.open(sdist) as archive:
 
 wrong = {
     'missing in the wheel': installed - in_wheel,
-    'not ours in the wheel': {name for name in in_wheel - installed if '.dist-info/' not in name},
+    'unexpected in the wheel': {name for name in in_wheel - installed if '.dist-info/' not in name},
     'missing in the sdist': ours - in_sdist,
 }
 for problem, names in wrong.items():

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Usage: [TESTS=1] tools/try_wheel.sh PYTHON [PIP-INSTALL-ARGUMENT...]
-# Installs the wheel in dist/ into an empty environment and runs the main job there, from another folder; with TESTS
-# set, the fast tests too.
+# Installs the wheel in dist/ into an empty environment and runs `timm-sknet predict` there, in another folder. With
+# TESTS set, it also runs the fast tests.
 set -euo pipefail
 python=$1
 shift

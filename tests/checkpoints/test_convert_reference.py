@@ -1,7 +1,7 @@
-"""The references for `timm-sknet convert`, and converted models against them.
+"""Compares converted models with independent references, and tests the references.
 
-The references know the authors' networks from the facts about them, the converter's models from timm_sknet: where the
-two agree, in float64 here and float32 there, on photographs through timm's own preprocessing, the weights are in place.
+The references implement the authors' networks in float64 without timm_sknet. The converted models run in float32 with
+timm's preprocessing. If both give the same logits for photographs, all weights were converted correctly.
 """
 
 import itertools
@@ -36,7 +36,7 @@ def attention_and_outputs(record):
 
 
 def assert_alive(record, logits):
-    """Nothing explodes or dies on the way, the attention selects, and the images (at least 2) tell."""
+    """Checks that activations and attention are in a useful range, and that the logits depend on the image."""
     attention, outputs = attention_and_outputs(record)
     assert all(0.02 < (a1 - 0.5).abs().mean() < 0.4 for a1 in attention)
     assert all(0.2 < x.std() < 5 and x.max() < 100 for x in outputs)
@@ -59,8 +59,8 @@ def test_pytorch_parameters():
 
 
 @pytest.mark.parametrize('size', [(3, 4), (5, 6), (7, 8), (112, 160), (113, 161)])
-def test_pool_is_caffes(size):
-    x = torch.randn(2, 3, *size, dtype=torch.float64) - 9  # below a padding of zeros
+def test_the_pool_agrees_with_caffe(size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64) - 9  # lower than a padding with zeros
     ours = caffe.caffe_max_pool(x)
     assert torch.equal(ours, F.max_pool2d(x, 3, stride=2, padding=0, ceil_mode=True))
     rows, columns = (range(0, n - 1, 2) for n in size)  # Caffe counts a last window of 2, not one of 1
@@ -75,15 +75,15 @@ def test_pool_drops_a_window_that_starts_beyond_the_input():
 
 
 def conv_by_taps(x, weight, norm=None, stride=1, dilation=1, groups=1):
-    """A second convolution, a tap after the other in numpy, padded to keep the size; norm is folded into the weights.
+    """Computes a convolution tap by tap in numpy. It is padded to keep the size, and norm is folded into the weights.
 
     Args:
         x: (B, C_in, H, W).
         weight: (C, C_in / groups, k, k).
         norm: Scale, bias, mean and variance, C numbers each.
-        stride: Takes every stride-th pixel of the full result.
+        stride: Step between the pixels of the full result that are returned.
         dilation: Distance of taps.
-        groups: Groups of channels.
+        groups: Number of groups.
     """
     (b, _, h, w), (c, c_in, k, _) = x.shape, weight.shape
     weight, shift = weight.astype(np.float64), np.zeros(c)
@@ -106,7 +106,7 @@ def relu(x):
 
 
 def select(u1, u2, logits):
-    """V of the selection, by a loop over channels; the first C of the logits (B, 2C, 1, 1) belong to u1."""
+    """Computes V in a loop over channels. The first C of the logits (B, 2C, 1, 1) belong to u1."""
     v = np.empty_like(u1)
     c = u1.shape[1]
     for b, i in itertools.product(range(u1.shape[0]), range(c)):
@@ -175,7 +175,7 @@ def test_tiny_networks_are_alive():
 
 @pytest.fixture(scope='module')
 def net_parameter():
-    """protobuf's own class for what caffe.proto says of the fields that a reader of weights needs, and a few more."""
+    """A protobuf class with the fields of caffe.proto that a reader of weights needs, and a few more."""
     types = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name='caffe_reference.proto', package='caffe', syntax='proto2')
     for message, fields in dict(
@@ -219,7 +219,7 @@ def net_parameter():
 @pytest.mark.parametrize('double', [True, False])
 @pytest.mark.parametrize('legacy', [True, False])
 @pytest.mark.parametrize('extras', [True, False])
-def test_a_caffemodel_is_what_protobuf_reads(packed, double, legacy, extras, net_parameter, tmp_path):
+def test_protobuf_reads_the_caffemodel(packed, double, legacy, extras, net_parameter, tmp_path):
     graph = caffe.layers(**caffe.TINY, num_classes=10)
     blobs = caffe.random_blobs(graph)
     path = tmp_path / 'tiny.caffemodel'
@@ -254,7 +254,7 @@ def test_varint(n, expected):
 
 
 @pytest.mark.parametrize('legacy', [True, False])
-def test_a_checkpoint_is_the_authors(legacy, tmp_path):
+def test_a_checkpoint_has_the_format_of_the_authors(legacy, tmp_path):
     state = pytorch.random_state(**pytorch.TINY)
     pytorch.write_checkpoint(tmp_path / 'tiny.pth.tar', state, legacy=legacy)
     assert ((tmp_path / 'tiny.pth.tar').read_bytes()[:2] != b'PK') == legacy
@@ -267,7 +267,7 @@ def test_a_checkpoint_is_the_authors(legacy, tmp_path):
 
 
 def caffe_source(folder, config, **options):
-    """Writes a random network of the authors'; returns the file and a function from pixels to float64 logits."""
+    """Writes a random network; returns the file and a function that computes float64 logits from pixels."""
     graph = caffe.layers(**config)
     blobs = caffe.random_blobs(graph)
     caffe.write_caffemodel(folder / 'authors.caffemodel', graph, blobs, **options)
@@ -283,7 +283,7 @@ def pytorch_source(folder, depths):
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize('arch, write, options', [
-    ('sknet50_caffe', caffe_source, dict(config=caffe.SKNET50, packed=False, legacy=True)),  # as in an old file
+    ('sknet50_caffe', caffe_source, dict(config=caffe.SKNET50, packed=False, legacy=True)),  # an old file format
     ('sknet101_caffe', caffe_source, dict(config=caffe.SKNET101)),
     ('sk_resnet50', pytorch_source, dict(depths=pytorch.SK_RESNET50)),
 ], ids=['sknet50_caffe', 'sknet101_caffe', 'sk_resnet50'])  # fmt: skip
@@ -296,7 +296,7 @@ def test_a_converted_model_has_the_authors_logits(arch, write, options, tmp_path
         config = resolve_data_config({}, model=model, use_test_size=False)
         assert list(config['input_size']) == [3, 224, 224]
         transform = create_transform(**config | dict(input_size=(3, size, size)))
-        *steps, to_tensor, normalize = transform.transforms  # the last steps are what convert has to get right
+        *steps, to_tensor, normalize = transform.transforms  # the last two depend on the converted preprocessing
         converted, expected = [], []
         record = {}
         for path in PHOTOS:

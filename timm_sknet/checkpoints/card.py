@@ -1,4 +1,4 @@
-"""The model card of a converted model: README.md of its folder, as the Hub shows it."""
+"""Writes the model card (README.md) of a converted model."""
 
 import hashlib
 from typing import Any, Dict, Optional
@@ -6,22 +6,22 @@ from typing import Any, Dict, Optional
 from huggingface_hub import ModelCardData
 
 from timm_sknet import __version__
+from timm_sknet.checkpoints.reading import Source
 from timm_sknet.sknets import Weights, weights
-from timm_sknet.sources import Source
 
-REPOSITORY = 'ORG/NAME'  # `push` puts the name of the repository in its place
-UNSTATED = 'unknown'  # the Hub's word
+REPOSITORY = 'ORG/NAME'  # `push` replaces it by the name of the repository
+UNSTATED = 'unknown'  # what the Hub calls a licence that is not stated
 TEMPLATE = """\
 # {name}
 
-{description} Converted by timm_sknet {version} from {what}.
+{description} Converted with timm_sknet {version} from {what}.
 
 ## Use
 
-The model is in timm's registry once the plugin is installed; without it timm says "Unknown model ({arch})".
+Install timm_sknet first: it adds the model to timm's registry. Without it, timm reports "Unknown model ({arch})".
 
 ```
-pip install .  # in a checkout of timm_sknet; there is no release on a package index yet
+pip install .  # in a checkout of timm_sknet; there is no released package yet
 ```
 
 ```python
@@ -31,8 +31,8 @@ model = timm.create_model('hf-hub:{repository}', pretrained=True).eval()  # or '
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 ```
 
-timm's scripts take the same names, as in `python validate.py --model hf-hub:{repository} --data-dir IMAGES`, and so
-does transformers, without their prefix: `AutoModelForImageClassification.from_pretrained('{repository}')`.
+timm's scripts accept the same name: `python validate.py --model hf-hub:{repository} --data-dir IMAGES`. In
+transformers, leave out the prefix: `AutoModelForImageClassification.from_pretrained('{repository}')`.
 
 ## Details
 
@@ -56,22 +56,23 @@ does transformers, without their prefix: `AutoModelForImageClassification.from_p
 ```
 """
 CAFFE_NOTES = """
-The authors' network takes pixels of 0 to 255 in the order BGR, less their mean 104, 117, 123, which is that of the
-SENet release (the authors' files do not state it). Here the order is in the first convolution and the rest in mean and
-std, so that timm's ordinary pipeline gives the network that input. The authors state no crop and no interpolation: size
-224, crop_pct and interpolation are our choice. For size 320 add `--img-size 320` to `validate.py`.
+The authors' Caffe network expects BGR pixels from 0 to 255, from which the mean (104, 117, 123) is subtracted. The
+authors' files do not state this mean: it is taken from the SENet release. In this model, the first convolution is
+converted to RGB, and `mean` and `std` contain the rest. No special preprocessing is needed. The authors state neither
+crop nor interpolation: the input size of 224, `crop_pct` and `interpolation` are our choice. To validate at size 320,
+add `--img-size 320` to `validate.py`.
 """
 
 
 def model_card(config: Dict[str, Any], source: Source, parameters: int, dtype: str, claimed: bool) -> str:
-    """Returns the card, front matter included.
+    """Returns the text of the model card, including its front matter.
 
     Args:
-        config: What config.json holds.
-        source: Where the weights come from.
+        config: The content of config.json.
+        source: The source of the weights.
         parameters: Number of learnable parameters.
-        dtype: What the weights are stored in.
-        claimed: Whether the licence is that of the caller, and not the source's.
+        dtype: Dtype of the stored weights.
+        claimed: Whether the licence was given by the caller instead of the source.
     """
     arch, cfg, args = config['architecture'], config['pretrained_cfg'], config['model_args']
     licence = cfg.get('license')
@@ -111,22 +112,22 @@ def model_card(config: Dict[str, Any], source: Source, parameters: int, dtype: s
 
 
 def _escape(text: str) -> str:
-    """Returns a name that can be anything as it stands in a table."""
+    """Replaces the characters of a file name that could break a Markdown table."""
     return ''.join(c if c.isalnum() or c in ' ._-' else '?' for c in text)
 
 
 def _licence(licence: Optional[str], claimed: bool) -> str:
     if claimed:
-        return f'{licence}, as whoever made this folder claims (`--license`); the source was not asked'
-    return f'{licence}, as the source states' if licence else 'no licence stated'
+        return f'{licence}, claimed by the person who converted the weights (`--license`), not verified'
+    return f'{licence}, stated by the source' if licence else 'no licence stated'
 
 
 def _figures(entry: Optional[Weights], source: Source) -> str:
     lines = []
     if entry and entry.published:
-        figure = f'top-1 {entry.published} % on {entry.dataset} at the size above'
-        lines.append(f'- **published** for the weights of that name: {figure}')
-        lines.append('- not measured here, and not checked whether this file is the one that was published')
+        figure = f'top-1 {entry.published} % on {entry.dataset} at the input size above'
+        lines.append(f'- **published** with the weights of this name: {figure}')
+        lines.append('- The accuracy of this file was not measured. It may differ from the published weights.')
     if source.measured:
-        lines.append(f'- **measured** by train.py on the validation data of that training: {source.measured}')
+        lines.append(f'- **measured** by train.py on its validation data: {source.measured}')
     return '\n'.join(lines) or 'Not measured.'

@@ -1,6 +1,6 @@
-"""The paper's figures of what the selection shows (figures 3 and 4), drawn from scale experiments.
+"""Draws figures like figures 3 and 4 of the paper from the results of scale experiments.
 
-Through matplotlib's objects, not pyplot: no display is needed, and the user's own figures are left alone.
+The figures are drawn without pyplot, so that they need no display and do not change the figures of the caller.
 """
 
 import re
@@ -16,23 +16,23 @@ from matplotlib.ticker import MaxNLocator
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from timm_sknet.attention import EnlargedImages, ScaleResult, replacing
+from timm_sknet.attention.scale import EnlargedImages, ScaleResult, replacing
 
 FORMATS = ('.png', '.svg')
 MOST_IMAGES = 12
-MOST_NAMES = 40  # classes whose names fit below an axis; with more, it has their numbers
+MOST_NAMES = 40  # with more classes, the axis shows numbers instead of names
 MARKERS = 'os^Dv<>P'
 
 
-@matplotlib.rc_context({'text.parse_math': False})  # names may hold a $
+@matplotlib.rc_context({'text.parse_math': False})  # names may contain a $
 def draw_images(model: nn.Module, results: Sequence[ScaleResult], units: Sequence[str], file: Path) -> None:
-    """Draws a row for each image: the image at each scale, the attention in every unit and in channels (figure 3).
+    """Draws one row for each image: the image at each scale, the attention of all units, and of channels (figure 3).
 
     Args:
-        model: The model of the experiments, for the images as it sees them.
-        results: Experiments of one image each, with the same scales.
+        model: The model of the experiments. Its preprocessing is applied to the images.
+        results: Results of one image each, with the same scales.
         units: Names of the units whose channels are shown.
-        file: The figure, .png or .svg.
+        file: Output file, .png or .svg.
     """
     scales = results[0].scales
     widths = [*[1.6] * len(scales), _units_width(results[0]), *[3.6] * len(units)]
@@ -40,7 +40,7 @@ def draw_images(model: nn.Module, results: Sequence[ScaleResult], units: Sequenc
     axes = figure.subplots(len(results), len(widths), width_ratios=widths, squeeze=False)
     for row, result in zip(axes, results):
         images = EnlargedImages(model, result.files, scales)[0]
-        assert isinstance(images, Tensor)  # it was read before
+        assert isinstance(images, Tensor)  # the experiment has read this image
         for ax, image, scale in zip(row, images, scales):
             ax.imshow(_pixels(image, model), cmap='gray', vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[])
@@ -54,12 +54,12 @@ def draw_images(model: nn.Module, results: Sequence[ScaleResult], units: Sequenc
 
 @matplotlib.rc_context({'text.parse_math': False})
 def draw_classes(result: ScaleResult, units: Sequence[str], file: Path) -> None:
-    """Draws the attention in every unit, mean over all images, and in some units for each class (figure 4).
+    """Draws the mean attention of all units over all images, and of some units for each class (figure 4).
 
     Args:
-        result: An experiment of many images.
-        units: Names of the units that are shown by class, where there are two classes or more.
-        file: The figure, .png or .svg.
+        result: The result of many images.
+        units: Names of the units that are shown for each class. They are left out if there is only one class.
+        file: Output file, .png or .svg.
     """
     classes = sorted(set(result.classes))
     units = units if len(classes) > 1 else []
@@ -116,7 +116,7 @@ def _draw_channels(ax: Axes, result: ScaleResult, unit: str) -> None:
 def _label(ax: Axes, result: ScaleResult, title: str) -> None:
     extents = next(iter(result.units.values())).extents
     narrow, wide = min(extents), max(extents)
-    pair = f'{wide}x{wide} less {narrow}x{narrow}' if wide > narrow else 'last branch less first'
+    pair = f'{wide}x{wide} minus {narrow}x{narrow}' if wide > narrow else 'last branch minus first'
     ax.set_title(title, fontsize=9)
     ax.set_ylabel(f'attention,\n{pair}', fontsize=8)
     ax.tick_params(labelsize=8)
@@ -125,7 +125,7 @@ def _label(ax: Axes, result: ScaleResult, title: str) -> None:
 
 
 def _styles(scales: Sequence[float]) -> List[Any]:
-    """Colours from light to dark, apart in brightness too, and markers: readable without colours."""
+    """Returns a colour and a marker for each scale. The colours differ in brightness, so that they work in grey."""
     shades = np.linspace(0.85, 0.0, len(scales))
     return [
         dict(color=colormaps['viridis'](shade), marker=MARKERS[i % len(MARKERS)], label=f'{scale:g}x')
@@ -138,7 +138,7 @@ def _units_width(result: ScaleResult) -> float:
 
 
 def _pixels(image: Tensor, model: nn.Module) -> np.ndarray:
-    """Undoes the normalisation: (C, H, W) -> (H, W, C) in [0, 1]."""
+    """Reverses the normalisation of an image: (C, H, W) -> (H, W, C) in [0, 1]."""
     cfg: Any = getattr(model, 'pretrained_cfg', {})
     ends = [image.new_tensor(cfg[key])[:, None, None] if cfg.get(key) else None for key in ('mean', 'std')]
     if ends[0] is not None and ends[1] is not None:
@@ -147,7 +147,7 @@ def _pixels(image: Tensor, model: nn.Module) -> np.ndarray:
 
 
 def _readable(classes: Sequence[str]) -> List[str]:
-    """Returns the classes, those of ImageNet by their first word where folders have WordNet ids: n01440764 is tench."""
+    """Replaces WordNet ids, which the folders of ImageNet have as names, by words: n01440764 becomes tench."""
     if not any(re.fullmatch(r'n\d{8}', name) for name in classes):
         return list(classes)
     words: Any = ImageNetInfo('imagenet-22k').label_descriptions(as_dict=True)
@@ -155,7 +155,7 @@ def _readable(classes: Sequence[str]) -> List[str]:
 
 
 def _short(text: str, most: int) -> str:
-    text = text.encode(errors='backslashreplace').decode()  # names of files can hold bytes that are no text
+    text = text.encode(errors='backslashreplace').decode()  # file names can contain invalid bytes
     text = ''.join(c if c.isprintable() else '?' for c in text)
     return text if len(text) <= most else f'{text[: most - 3]}...'
 

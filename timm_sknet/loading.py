@@ -1,7 +1,7 @@
-"""Reads and checks pretrained weights: the whole and unaltered weights of the network, or an error that says why not.
+"""Reads and checks pretrained weights: returns complete, unaltered weights of the network, or raises an error.
 
-All weights go this way, those of the Hub, of a file and of a folder. timm alone does not compare what it downloaded,
-loads what fits in silence where the classifier is replaced, and in older releases runs code that is in a pickle.
+The models load all pretrained weights with this module: from the Hub, a file or a folder. timm alone does not verify a
+download, ignores keys that do not fit if the classifier is replaced, and in older releases runs code in pickles.
 """
 
 import argparse
@@ -21,37 +21,37 @@ from safetensors.torch import load_file
 from timm.models import PretrainedCfg, clean_state_dict
 from torch import Tensor, nn
 
-from timm_sknet.network import is_folded, native_keys
+from timm_sknet.keys import is_folded, native_keys
 
-_REMEDIES = (  # of errors while downloading: the first that fits
+_REMEDIES = (  # for download errors: the first matching class counts
     (
         LocalEntryNotFoundError,
-        'The Hub cannot be reached, and there is no download on this machine. Check the connection and try again, or '
-        'use a local folder (local-dir:FOLDER); HF_HUB_OFFLINE=1 ends the wait at once.',
+        'The Hub cannot be reached, and the file is not in the cache. Check the connection and try again, or use a '
+        'local folder (local-dir:FOLDER). HF_HUB_OFFLINE=1 skips the wait.',
     ),
     (
         HfHubHTTPError,
-        'Check the name of repository, revision and file; for a private or gated one, `hf auth login` or set HF_TOKEN; '
-        'after a server error (5xx), try again later.',
+        'Check the names of repository, revision and file. For a private or gated repository, run `hf auth login` or '
+        'set HF_TOKEN. After a server error (5xx), try again later.',
     ),
-    (OSError, 'Try again, with space in a cache that can be written: HF_HUB_CACHE or cache_dir= names another.'),
+    (OSError, 'Try again. The cache must be writable and have free space; HF_HUB_CACHE or cache_dir= sets another.'),
     (Exception, 'Try again.'),
 )
-# The files that timm looks for in a folder, first the names and then the endings.
+# The weights files that timm looks for in a folder: first these names, then these endings.
 _NAMES = 'model.safetensors', 'pytorch_model.bin', 'pytorch_model.pth', 'model.pth'
 _ENDINGS = '.safetensors', '.pth', '.pth.tar', '.bin'
 
 
 class PretrainedWeights:
-    """Pretrained weights of a network.
+    """Reads the pretrained weights that a cfg points to, and checks them against a network.
 
     Args:
-        cfg: Says where they are. As in timm, a folder or repository that the model's name gives comes first, then a
+        cfg: Says where the weights are. As in timm, a folder or repository in the model's name comes first, then a
             state dict, a file and the repository of the model.
-        cache_dir: The cache of huggingface_hub; None for HF_HUB_CACHE.
+        cache_dir: Cache of huggingface_hub; None for HF_HUB_CACHE.
 
     Raises:
-        RuntimeError: Where they cannot be read. The text names the source, the cause and what to do.
+        RuntimeError: If the weights cannot be read. The message names the source, the cause and the remedy.
     """
 
     def __init__(self, cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = None):
@@ -74,19 +74,19 @@ class PretrainedWeights:
             self.where = str(file)
         try:
             self.state = read(file)
-        except Exception as e:  # safetensors and torch raise whatever they meet
+        except Exception as e:  # safetensors and torch raise errors of many classes
             raise self._error(e, self._remedy) from e
 
     def fit(self, model: nn.Module, num_classes: int, strict: bool = True) -> Dict[str, Tensor]:
-        """Returns the weights by the model's keys.
+        """Returns the weights under the model's keys.
 
         Args:
             model: The network.
-            num_classes: Classes that are asked for. timm replaces a classifier of another number.
-            strict: Refuse missing and unexpected keys.
+            num_classes: Requested number of classes. If the weights have another number, timm replaces the classifier.
+            strict: Raise an error for missing and unexpected keys.
 
         Raises:
-            RuntimeError: Where they are not those of the network, or not finite. The text names the keys at fault.
+            RuntimeError: If the weights do not belong to the network or are not finite. The message names the keys.
         """
         state = dict(native_keys(self.state))
         try:
@@ -99,58 +99,58 @@ class PretrainedWeights:
     def _remedy(self) -> str:
         if self.on_hub:
             return (
-                'The file is damaged on the Hub, or of another network: leave out arguments that change the network, '
-                'choose another revision, or tell the owner of the repository.'
+                'The file on the Hub is corrupted or belongs to another network. Leave out arguments that change the '
+                'network, choose another revision, or tell the owner of the repository.'
             )
         return 'Choose weights of this network, and leave out arguments that change it.'
 
     def _error(self, cause: BaseException, remedy: str) -> RuntimeError:
         reason = shorten(str(cause) or repr(cause), 400, placeholder=' …').rstrip('.')
-        return RuntimeError(f'No weights from {self.where}: {reason}. {remedy}')
+        return RuntimeError(f'Cannot load weights from {self.where}: {reason}. {remedy}')
 
 
 def read(file: Path) -> Dict[str, Tensor]:
-    """Reads a state dict, memory-mapped where the format allows it; no code of the file is run.
+    """Reads a state dict, memory-mapped if the format allows it, without running code from the file.
 
     Args:
-        file: A safetensors file or one of `torch.save`. Of a checkpoint of train.py, as in timm, the averaged weights
-            are taken where there are some.
+        file: A safetensors file or a file of `torch.save`. From a checkpoint of train.py the averaged (EMA) weights are
+            taken if there are any, as in timm.
 
     Raises:
-        Exception: Of any kind, where the file is damaged or something else.
+        Exception: Of any class, if the file is corrupted or not a checkpoint.
     """
     if file.suffix == '.safetensors':
         return load_file(file)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # in checkpoints of train.py
+        with torch.serialization.safe_globals([argparse.Namespace]):  # checkpoints of train.py hold one
             found: Any = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as e:  # torch raises whatever it meets; the text of some errors says how to run the code
+    except Exception as e:  # of many classes; some messages of torch advise to run the code
         raise ValueError(
-            'It is not a PyTorch checkpoint, or it holds more than weights, which is not unpickled; save weights alone '
-            'with torch.save(model.state_dict(), FILE)'
+            'not a PyTorch checkpoint, or the file is corrupted or contains objects other than weights, which are not '
+            'unpickled. Save the weights alone with torch.save(model.state_dict(), FILE)'
         ) from e
     for key in 'state_dict_ema', 'model_ema', 'state_dict', 'model':
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
             break
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError('It holds no state dict')
+        raise ValueError('the file does not contain a state dict')
     return clean_state_dict(found)
 
 
 def _check(state: Mapping[str, Tensor], model: nn.Module, replaced: bool, strict: bool) -> None:
-    """Raises RuntimeError where timm would not load all that the model needs: its classifier apart if `replaced`."""
+    """Raises RuntimeError if the weights do not fit the model; the classifier is not checked if it is `replaced`."""
     if is_folded(state):
-        raise RuntimeError('They are those of a folded (reparameterized) model, and load only into such a one')
+        raise RuntimeError('the weights are folded (reparameterized) and load only into a folded model')
     own = model.state_dict()
     if replaced:
         own = {key: value for key, value in own.items() if not key.startswith('head.fc.')}
-    # PyTorch fills in the counters, which old files lack
+    # old files lack these counters, and PyTorch fills them in
     missing = [key for key in own if key not in state and not key.endswith('.num_batches_tracked')]
     if strict:
-        _refuse('Missing keys in', missing)
+        _raise_if_any('Missing keys in', missing)
     if strict and not replaced:
-        _refuse('Unexpected keys in', [key for key in state if key not in own])
+        _raise_if_any('Unexpected keys in', [key for key in state if key not in own])
     mismatched = [key for key in own if key in state and not _same_shape(key, own[key], state[key])]
     if mismatched:
         key = mismatched[0]
@@ -158,33 +158,33 @@ def _check(state: Mapping[str, Tensor], model: nn.Module, replaced: bool, strict
             f'size mismatch for {key}: {tuple(state[key].shape)} in the weights, {tuple(own[key].shape)} in the model'
         )
     floats = {key: value for key, value in state.items() if value.is_floating_point() and value.numel()}
-    # the least and the largest value are finite where all are, which takes no memory
+    # all values are finite if the smallest and the largest are; comparing only these two takes no memory
     broken = [key for key, value in floats.items() if not torch.stack(value.aminmax()).isfinite().all()]
-    _refuse('NaN or infinity in', broken)
+    _raise_if_any('NaN or infinity in', broken)
 
 
-def _refuse(what: str, keys: Sequence[str]) -> None:
+def _raise_if_any(what: str, keys: Sequence[str]) -> None:
     if keys:
         more = f' and {len(keys) - 5} more' if len(keys) > 5 else ''
         raise RuntimeError(f'{what} the weights: {", ".join(keys[:5])}{more}')
 
 
 def _same_shape(key: str, own: Tensor, found: Tensor) -> bool:
-    if key == 'stem.conv.weight':  # timm adapts it to the channels of the images
+    if key == 'stem.conv.weight':  # timm adapts it to the number of image channels
         return own.ndim == found.ndim and own[:, 0].shape == found[:, 0].shape
     return own.shape == found.shape
 
 
 def _find(path: Path) -> Path:
-    """Returns the file itself, or the one with the weights in a folder, as timm finds it."""
+    """Returns the path if it is a file, or the weights file that timm takes from a folder."""
     if path.is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError('There is no such file')
+        raise FileNotFoundError('the file does not exist')
     named = [path / name for name in _NAMES if (path / name).exists()]
     others = [file for ending in _ENDINGS for file in sorted(path.glob(f'*{ending}'))]
     if not named + others:
-        raise FileNotFoundError('There is no file of weights in this folder')
+        raise FileNotFoundError('the folder does not contain a weights file')
     return (named + others)[0]
 
 
@@ -194,7 +194,7 @@ def _download(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> Path
     for name in [cfg.hf_hub_filename] if cfg.hf_hub_filename else ['model.safetensors', 'pytorch_model.bin']:
         try:
             file = Path(hf_hub_download(repository, name, revision=revision or None, cache_dir=cache_dir))
-        except EntryNotFoundError as e:  # offline too, where the cache may have the other
+        except EntryNotFoundError as e:  # offline too: the cache may have the other file
             errors.append(e)
         else:
             _check_sha256(file)
@@ -203,20 +203,23 @@ def _download(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> Path
 
 
 def _check_sha256(file: Path) -> None:
-    """Removes the file from the cache if it was altered. A large file is there a link to one named by its sha256."""
-    if not file.is_symlink():  # a file system without links: there is nothing to compare with
+    """Raises RuntimeError if the file was altered, and removes it from the cache.
+
+    In the cache a large file is a link to a file whose name is its sha256.
+    """
+    if not file.is_symlink():  # a file system without links: the sha256 is not known
         return
-    blob = file.parent / os.readlink(file)  # not resolve(): it may be a link too, into the store of Xet's files
-    if not re.fullmatch('[0-9a-f]{64}', blob.name):  # a small file, named as git names it
+    blob = file.parent / os.readlink(file)  # not resolve(): the blob may be a link into the store of Xet
+    if not re.fullmatch('[0-9a-f]{64}', blob.name):  # a small file, named by its git hash
         return
     with open(blob, 'rb') as f:
         digest = hashlib.file_digest(f, 'sha256').hexdigest()
     if digest != blob.name:
         content = blob.resolve()
-        with suppress(OSError):  # a cache that cannot be written
+        with suppress(OSError):  # a read-only cache
             for path in (content, blob, file):
                 path.unlink(missing_ok=True)
         raise RuntimeError(
-            f'The file was altered on its way or in the cache, and is removed from there if that can be written: '
-            f'{content} has sha256 {digest}'
+            f'the file was altered during the download or in the cache: {content} has sha256 {digest}; it is removed '
+            'from the cache if the cache is writable'
         )

@@ -1,6 +1,6 @@
-"""`timm-sknet push`, and timm's own ways to publish, against a server that stores what the real client sends.
+"""`timm-sknet push` and timm's own functions for publishing, with a local server that stores the uploads.
 
-Xet, which huggingface_hub uses where it is installed, cannot be served on loopback: HF_HUB_DISABLE_XET turns it off.
+The server does not support Xet, which huggingface_hub uses if it is installed. HF_HUB_DISABLE_XET turns it off.
 """
 
 import json
@@ -21,7 +21,7 @@ from timm_sknet.sknets import model_cfgs
 
 @pytest.fixture(scope='session')
 def folder(tmp_path_factory):
-    """A converted model whose licence is stated."""
+    """A converted model with a stated licence."""
     path = tmp_path_factory.mktemp('push')
     save_file(timm.create_model('sknet12', pretrained=True).state_dict(), path / 'own.safetensors')
     assert (
@@ -41,7 +41,7 @@ def unlicensed(folder, tmp_path):
 
 @pytest.fixture
 def client(tmp_path):
-    """Runs Python as a user of the server: an address, a fresh cache and a token."""
+    """Returns a function that runs Python as a user of the server, with an empty cache and a token."""
 
     def run(address, *command, token='hf_write', **env):
         env = {**os.environ, 'HF_ENDPOINT': address, 'HF_HOME': str(tmp_path / 'cache'), 'HF_HUB_OFFLINE': '0'} | env
@@ -66,7 +66,7 @@ LOADED = (
 @torch.no_grad()
 def test_what_was_pushed_is_loaded_by_others(folder, client, tmp_path):
     with hub(tmp_path / 'served') as address:
-        for _ in range(2):  # it is safe to repeat
+        for _ in range(2):  # a push can be repeated
             done = client(address, *push(folder, 'org/name'))
             assert done.returncode == 0, done.stderr
             assert "timm.create_model('hf-hub:org/name', pretrained=True)" in done.stdout
@@ -95,18 +95,21 @@ def test_without_a_licence_nothing_becomes_public(unlicensed, client, tmp_path):
         done = client(address, *push(unlicensed, 'org/name'))
         assert done.returncode == 2 and 'states no licence' in done.stderr and '--private' in done.stderr
         assert not (tmp_path / 'served').exists()
-        (tmp_path / 'served/org/name').mkdir(parents=True)  # it is public
+        (tmp_path / 'served/org/name').mkdir(parents=True)  # a public repository
         done = client(address, *push(unlicensed, 'org/name', '--private'))
-        assert done.returncode == 2 and 'org/name exists and is public' in done.stderr
+        assert done.returncode == 2 and 'org/name already exists and is public' in done.stderr
         assert not os.listdir(tmp_path / 'served/org/name')
 
 
-def test_no_token_no_right_no_network_get_one_line(folder, client, tmp_path):
+def test_errors_of_the_hub_are_reported_in_one_line(folder, client, tmp_path):
     with hub(tmp_path / 'served') as address:
         for token, expected in (
-            ('', 'No token of the Hub on this machine: type `hf auth login`, or set HF_TOKEN'),
-            ('hf_wrong', 'The Hub refuses org/name (401): Who are you?. Is the token right?'),
-            ('hf_read', 'The Hub refuses org/name (403): You have no right to do that. The token has no right'),
+            ('', 'No Hugging Face token found. Run `hf auth login`, or set HF_TOKEN'),
+            ('hf_wrong', 'The Hub rejected the upload to org/name (401): Who are you?. Check the token'),
+            (
+                'hf_read',
+                'The Hub rejected the upload to org/name (403): You have no right to do that. Use a token with',
+            ),
         ):
             done = client(address, *push(folder, 'org/name'), token=token)
             assert done.returncode == 2 and done.stderr.count('\n') == 1
@@ -114,7 +117,7 @@ def test_no_token_no_right_no_network_get_one_line(folder, client, tmp_path):
     for nowhere, env in ('http://127.0.0.1:9', {}), (address, {'HF_HUB_OFFLINE': '1'}):
         done = client(nowhere, *push(folder, 'org/name'), **env)
         assert done.returncode == 2 and done.stderr.count('\n') == 1
-        assert 'org/name cannot be pushed, the Hub may be out of reach' in done.stderr
+        assert 'Cannot push to org/name. The Hub may be unreachable' in done.stderr
 
 
 def no_card(folder):
@@ -158,16 +161,16 @@ def no_json(folder):
 
 
 @pytest.mark.parametrize('damage, expected', [
-    (no_card, 'has no README.md: make the folder with `timm-sknet convert`'),
-    (no_front_matter, 'README.md is no model card: it has no front matter'),
-    (broken_front_matter, 'README.md is no model card'),
+    (no_card, 'has no README.md. Create the folder with `timm-sknet convert`'),
+    (no_front_matter, 'README.md is not a valid model card: it has no front matter'),
+    (broken_front_matter, 'README.md is not a valid model card'),
     (a_pickle, 'has no model.safetensors'),
-    (no_classes, 'a model without classes'),
+    (no_classes, 'has no classifier'),
     (nan, 'NaN'),
-    (cut_short, 'no model that timm loads and runs'),
-    (no_json, 'no model that timm loads and runs'),
+    (cut_short, 'timm cannot load and run the model in'),
+    (no_json, 'timm cannot load and run the model in'),
 ])  # fmt: skip
-def test_a_folder_that_is_not_in_order_is_refused(folder, tmp_path, capsys, damage, expected):
+def test_an_invalid_folder_is_refused(folder, tmp_path, capsys, damage, expected):
     copy = shutil.copytree(folder, tmp_path / 'copy')
     damage(copy)
     assert main(['push', str(copy), 'org/name', '--private']) == 2
@@ -175,14 +178,14 @@ def test_a_folder_that_is_not_in_order_is_refused(folder, tmp_path, capsys, dama
     assert expected in err and err.count('\n') == 1
 
 
-def test_a_repository_has_an_owner(folder, capsys):
+def test_a_repository_without_an_owner_is_refused(folder, capsys):
     assert main(['push', str(folder), 'name', '--private']) == 2
-    assert "A repository is called ORG/NAME, got 'name'." in capsys.readouterr().err
+    assert "The repository must have the form ORG/NAME, got 'name'." in capsys.readouterr().err
 
 
-# timm's own ways
+# timm's own functions
 
-RECORDED = hasattr(timm.models, 'get_model_args')  # older ones must be told the arguments
+RECORDED = hasattr(timm.models, 'get_model_args')  # older releases do not store the arguments
 
 SMALL = {
     'sknet26': dict(branches=((3, 1, 32), (3, 2, 32), (3, 3, 32)), stem_pool='ceil', depths=(1, 1, 1, 1)),

@@ -18,15 +18,15 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from timm_sknet import SelectiveKernelConv, attention
-from timm_sknet.attention import EnlargedImages, record, scale_experiment, table
+from timm_sknet.attention import EnlargedImages, record, scale, scale_experiment, table
+from timm_sknet.attention.figures import draw_classes
 from timm_sknet.cli import main
-from timm_sknet.figures import draw_classes
 
 M2 = [[3, 1, 4], [3, 2, 4]]
 
 
 def alive(model):
-    """Gives attention far from 1/M, and batch norms statistics of their own."""
+    """Initialises a model so that its attention is far from 1/M and its batch norm statistics differ."""
     torch.manual_seed(0)
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
@@ -38,7 +38,7 @@ def alive(model):
 
 
 def by_hand(layer, x):
-    """Attention weights of our layer or timm's, (B, M, C), from its weights alone."""
+    """Computes the attention of our layer or of timm's, (B, M, C), without its forward pass."""
     branches, attn = (layer.branches if isinstance(layer, SelectiveKernelConv) else layer.paths), layer.attn
     conv = torch.nn.functional.conv2d
 
@@ -65,7 +65,7 @@ LAYERS = {
 
 @pytest.mark.parametrize('folded', [False, True])
 @pytest.mark.parametrize('name', LAYERS)
-def test_statistics_are_those_of_attention_computed_by_hand(name, folded):
+def test_statistics_agree_with_attention_computed_by_hand(name, folded):
     layer = alive(nn.Sequential(LAYERS[name]())).double()
     batches = [torch.randn(B, 8, 9, 7, dtype=torch.float64) for B in (3, 1, 4)]
     a = torch.cat([by_hand(layer[0], x) for x in batches])
@@ -105,7 +105,7 @@ def test_recording_changes_no_bit_of_outputs_and_gradients(name, training):
     assert all(unit.count == 2 and not unit.last.requires_grad for unit in units.values())
     assert torch.equal(y, recorded)
     assert all(torch.equal(expected, found) for expected, found in zip(grads, recorded_grads))
-    assert torch.equal(model(x), y) and units['SK_3_2'].count == 2  # nothing is left behind
+    assert torch.equal(model(x), y) and units['SK_3_2'].count == 2  # the model is no longer recorded
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_units_have_the_papers_names(name, options, number, expected):
 
 def test_units_of_any_network_have_the_names_of_their_modules():
     model = nn.ModuleDict({'a': SelectiveKernelConv(8, branches=M2), 'b': SelectiveKernelConv(8, branches=[[3, 1, 1]])})
-    assert list(attention.find_units(model)) == ['a']  # one branch has nothing to select
+    assert list(attention.find_units(model)) == ['a']  # with one branch, there is no attention
     assert attention.typical_units(['a', 'b', 'c', 'd']) == ['a', 'b', 'd']
 
 
@@ -153,7 +153,7 @@ def test_memory_does_not_grow():
     assert len(set(sizes)) == 1 and sizes[0] < 20_000
 
 
-def test_recording_begun_in_inference_mode_goes_on_outside():
+def test_a_recording_started_in_inference_mode_continues_outside():
     model = alive(timm.create_model('sknet12'))
     with torch.inference_mode():
         context = record(model)
@@ -165,7 +165,7 @@ def test_recording_begun_in_inference_mode_goes_on_outside():
 
 
 @pytest.mark.slow
-def test_a_model_compiled_within_records_and_stops():
+def test_a_model_compiled_inside_the_context_is_recorded_until_its_end():
     model = alive(timm.create_model('sknet12'))
     batches = [torch.randn(B, 3, 32, 32) for B in (2, 3, 5)]
     with torch.no_grad():
@@ -187,8 +187,8 @@ BATCHES = [torch.randn(B, 8, 9, 7, generator=torch.Generator().manual_seed(B)) f
 
 @pytest.fixture
 def pair():
-    """Our layer and timm's, in one model."""
-    torch._dynamo.reset()  # graphs of other tests
+    """A model with our layer and timm's layer."""
+    torch._dynamo.reset()  # discards the graphs of other tests
     return alive(nn.Sequential(LAYERS['ours'](), SelectiveKernel(16, 8, split_input=False)))
 
 
@@ -229,7 +229,7 @@ def test_a_model_that_was_compiled_before_is_recorded(pair, compiled):
         with record(model) as again:
             for x in BATCHES:
                 model(x)
-    assert counter.frame_count == number  # the graphs of before and those of the first recording are used again
+    assert counter.frame_count == number  # earlier graphs are reused
     for found in units, again:
         assert {name: unit.path for name, unit in found.items()} == {'0': '0', '1': '1'}
         for name, unit in found.items():
@@ -285,7 +285,7 @@ def test_units_that_share_an_attention_record_all_its_outputs():
 
 
 @pytest.mark.parametrize('name', LAYERS)
-def test_what_is_recorded_is_what_the_unit_takes(name):
+def test_the_recorded_attention_is_what_the_unit_uses(name):
     model = alive(nn.Sequential(LAYERS[name]()))
     attn = model[0].attn
     with torch.no_grad(), record(model) as units:
@@ -315,7 +315,7 @@ def test_a_scripted_attention_is_recorded(pair):
         torch.testing.assert_close(unit.mean, eager[name].mean)
 
 
-def test_copies_made_meanwhile_are_of_the_original_classes_and_not_recorded(pair):
+def test_copies_made_inside_the_context_have_the_original_classes_and_are_not_recorded(pair):
     before, file = types(pair), io.BytesIO()
     with torch.no_grad(), record(pair) as units:
         pair(BATCHES[0])
@@ -343,9 +343,9 @@ def test_units_that_are_checkpointed_count_an_image_twice():
         torch.testing.assert_close(unit.mean, plain[name].mean)
 
 
-def test_a_recording_that_saw_nothing_says_so():
+def test_a_recording_without_a_forward_pass_is_an_error():
     model = timm.create_model('sknet12')
-    with pytest.raises(RuntimeError, match='no forward pass was seen.*what torch.compile returned'):
+    with pytest.raises(RuntimeError, match='no forward pass was recorded.*result of torch.compile'):
         with record(model) as units:
             with pytest.raises(RuntimeError, match='SK_2_1 has no attention yet'):
                 units['SK_2_1'].mean  # noqa: B018
@@ -353,7 +353,7 @@ def test_a_recording_that_saw_nothing_says_so():
         units['SK_2_1'].std  # noqa: B018
 
 
-def test_an_error_within_is_the_users_own_and_leaves_nothing_behind():
+def test_an_error_inside_the_context_is_raised_and_ends_the_recording():
     model = timm.create_model('sknet12')
     before, state = types(model), [list(vars(m)) for m in model.modules()]
     with pytest.raises(KeyError, match='own'):
@@ -364,7 +364,7 @@ def test_an_error_within_is_the_users_own_and_leaves_nothing_behind():
 
 
 def test_a_model_without_units_is_refused():
-    with pytest.raises(ValueError, match='ResNet has no SK unit of two or more branches'):
+    with pytest.raises(ValueError, match='ResNet has no SK unit with two or more branches'):
         with record(timm.create_model('resnet18')):
             pass
 
@@ -374,7 +374,7 @@ def test_a_model_without_units_is_refused():
 
 @pytest.fixture
 def folder(tmp_path):
-    """12 images in the classes cat and dog, and one file that is no image."""
+    """12 images of the classes cat and dog, and one file that is not an image."""
     torch.manual_seed(0)
     for name in 'cat', 'dog':
         (tmp_path / 'data' / name).mkdir(parents=True)
@@ -394,15 +394,15 @@ def test_images_are_enlarged_about_their_centre(tmp_path, model):
     for size in (32, 96):
         pixels = np.zeros((size, size), np.uint8)
         quarter = size // 4
-        pixels[quarter:-quarter, quarter:-quarter] = 255  # a square of half the width
+        pixels[quarter:-quarter, quarter:-quarter] = 255  # a square with half the width
         Image.fromarray(pixels).convert('RGB').save(tmp_path / 'square.png')
         images = EnlargedImages(model, [tmp_path / 'square.png'], [1, 1.5, 2])[0]
         assert images.shape == (3, 3, 32, 32)
         config = resolve_data_config({}, model=model)
         assert torch.equal(images[0], create_transform(**config)(Image.open(tmp_path / 'square.png')))
         white = images[:, 0] > 0
-        for share, scale in zip(white.float().mean((1, 2)), (1, 1.5, 2)):
-            assert share == pytest.approx(min(1, 0.25 * scale**2), abs=0.04)
+        for share, factor in zip(white.float().mean((1, 2)), (1, 1.5, 2)):
+            assert share == pytest.approx(min(1, 0.25 * factor**2), abs=0.04)
         assert torch.equal(white, white.flip(1)) and torch.equal(white, white.flip(2))
 
 
@@ -410,7 +410,7 @@ def files_of(folder):
     return sorted(folder.rglob('*.png'))
 
 
-def test_the_experiment_is_that_of_recording_each_image(folder, model):
+def test_the_experiment_agrees_with_recording_each_image(folder, model):
     complaints = []
     found = scale_experiment(model, files_of(folder), [1, 2], on_error=complaints.append)
     assert [file.name for file in found.files] == [f'{i}.png' for i in range(6)] * 2
@@ -447,8 +447,8 @@ def test_images_are_read_by_workers_too(folder, model):
     assert torch.equal(scale_experiment(model, files_of(folder), workers=2).difference, alone.difference)
 
 
-def test_an_interrupted_experiment_goes_on(folder, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(attention, 'BATCH_SIZE', 6)  # two images of three scales at a time
+def test_an_interrupted_experiment_continues(folder, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, 'BATCH_SIZE', 6)  # two images at three scales
     files, state = files_of(folder), tmp_path / 'state'
     whole = scale_experiment(model, files)
     seen = []
@@ -473,7 +473,7 @@ def test_an_interrupted_experiment_goes_on(folder, model, tmp_path, monkeypatch)
     for name, profile in whole.profile.items():
         torch.testing.assert_close(again.profile[name], profile)
 
-    for other, scales in (kept, [1, 2]), (b'not a state', [1, 1.5, 2]):  # another run's, and none
+    for other, scales in (kept, [1, 2]), (b'not a state', [1, 1.5, 2]):  # a state of another run, and an invalid file
         seen.clear()
         state.write_bytes(other)
         scale_experiment(model, files, scales, state=state)
@@ -498,7 +498,7 @@ def run(capsys, *argv):
 def test_the_command_draws_a_folder_by_class(folder, tmp_path, capsys):
     out, figures = tmp_path / 'figure.png', tmp_path / 'figures.csv'
     code, said, complaint = run(capsys, folder, '--out', out, '--csv', figures, '--units', 'SK_3_2', 'SK_4_2')
-    assert (code, said) == (1, f'{out} is drawn.\n') and 'broken.png' in complaint
+    assert (code, said) == (1, f'Wrote {out}.\n') and 'broken.png' in complaint
     assert min(Image.open(out).size) > 500
     with open(figures) as f:
         rows = list(csv.DictReader(f))
@@ -538,20 +538,20 @@ def test_classes_of_imagenet_are_named_in_words(tmp_path):
     assert all(f'<!-- {name} -->' in text for name in ('tench', 'n99999999', 'red, blue')) and 'n01440764' not in text
 
 
-def test_names_that_are_no_text_or_look_like_formulas_can_be_drawn(tmp_path):
+def test_names_with_invalid_bytes_or_formulas_can_be_drawn(tmp_path):
     draw(['p$^$q', 'p$\\x$', 'bad\udcff', 'two\nlines'], tmp_path / 'figure.svg')
     text = (tmp_path / 'figure.svg').read_text()
     assert all(f'<!-- {name} -->' in text for name in ('p$^$q', 'p$\\x$', 'bad\\udcff', 'two?lines'))
 
 
-def test_the_command_spares_its_images(folder, tmp_path, capsys):
+def test_the_command_does_not_overwrite_its_images(folder, tmp_path, capsys):
     image = tmp_path / 'image.png'
     image.write_bytes((folder / 'cat' / '0.png').read_bytes())
     code, _, complaint = run(capsys, image, '--out', image)
     assert code == 2 and 'would replace the image' in complaint
     assert image.read_bytes() == (folder / 'cat' / '0.png').read_bytes()
     out = folder / 'figure.png'
-    for _ in range(2):  # the second time, the figure lies among the images
+    for _ in range(2):  # in the second run, the figure is in the folder of images
         run(capsys, folder, '--out', out, '--csv', tmp_path / 'figures.csv')
         with open(tmp_path / 'figures.csv') as f:
             assert {row['group'] for row in csv.DictReader(f)} == {'cat', 'dog'}
@@ -582,7 +582,7 @@ def test_another_model_of_the_same_kind_was_compiled_before(model):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_an_image_that_comes_again_has_no_deviation(dtype):
+def test_identical_images_have_no_deviation(dtype):
     model = timm.create_model('sknet12', dtype=dtype).eval()
     x = torch.randn(1, 3, 32, 32, dtype=dtype)
     with record(model) as units, torch.inference_mode():
@@ -606,7 +606,9 @@ def test_an_image_that_comes_again_has_no_deviation(dtype):
         (['{folder}', '--out', 'figure.png', '--model', 'sknet13'], "'sknet13' cannot be loaded"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_nothing_is_written(argv, complaint, folder, tmp_path, capsys, monkeypatch):
+def test_invalid_input_is_reported_in_one_line_and_writes_nothing(
+    argv, complaint, folder, tmp_path, capsys, monkeypatch
+):
     (tmp_path / 'here').mkdir()
     (tmp_path / 'empty').mkdir()
     monkeypatch.chdir(tmp_path / 'here')
@@ -621,8 +623,8 @@ def test_a_model_without_units_cannot_be_drawn(folder, tmp_path, capsys, monkeyp
     assert code == 2 and 'no SK unit' in err
 
 
-def test_without_matplotlib_the_remedy_is_named(folder, tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_the_error_names_the_extra(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'matplotlib', None)
-    monkeypatch.delitem(__import__('sys').modules, 'timm_sknet.figures')
+    monkeypatch.delitem(__import__('sys').modules, 'timm_sknet.attention.figures')
     code, _, err = run(capsys, folder, '--out', tmp_path / 'figure.png')
     assert code == 2 and "pip install 'timm-sknet[plot]'" in err

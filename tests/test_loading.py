@@ -1,7 +1,7 @@
-"""Downloads from the Hub under faults, through the unmodified huggingface_hub, each in a process of its own.
+"""Downloads from the Hub under faults, with the unmodified huggingface_hub, each in a separate process.
 
-"right": the right weights. "error": one RuntimeError that names repository, cause and remedy. After every error the
-same cache gives the right weights as soon as the fault is gone. `sknet50` and `hf-hub:` names fare the same.
+"right": the model has the right weights. "error": a RuntimeError names repository, cause and remedy. After every error
+the same cache gives the right weights as soon as the fault is gone. `sknet50` and `hf-hub:` names behave alike.
 
 | case                                                | outcome                                                      |
 | ---                                                 | ---                                                          |
@@ -9,32 +9,33 @@ same cache gives the right weights as soon as the fault is gone. `sknet50` and `
 | 500 or 503 of the file itself                       | error: try again later                                       |
 | 500 of its metadata, always                         | error after 23 s of huggingface_hub's retries                |
 | 503 of its metadata, once                           | right: huggingface_hub retries                               |
-| connection ends in the middle, once                 | right: huggingface_hub goes on by Range, in steps of 10 MB   |
+| connection ends in the middle, once                 | right: huggingface_hub continues by Range, in 10 MB steps    |
 | connection ends in the middle, always               | error after 5 retries, 5 s                                   |
 | connection reset in the middle                      | error: huggingface_hub does not retry                        |
 | shorter than announced                              | error: huggingface_hub compares the length                   |
-| right length, values or header altered on the way   | error: its sha256 is another; removed from the cache         |
-| altered in the cache                                | the same                                                     |
-| altered in a cache that cannot be written           | error that names the file, which stays                       |
-| wrong shapes, wrong keys, NaN, corrupt header, all  | error: damaged or of another network; a corrected file has   |
-| as they lie on the Hub                              | another sha256 and is downloaded                             |
-| wrong keys, with another classifier or as features  | the same; timm alone gives a random network in silence       |
+| right length, values or header altered              | error: wrong sha256; the file is removed from the cache      |
+| altered in the cache                                | error: wrong sha256; the file is removed from the cache      |
+| altered in a read-only cache                        | error that names the file; the file stays                    |
+| file on the Hub has wrong shapes, wrong keys, NaN   | error: corrupted or of another network; a corrected file has |
+| or a corrupted header                               | another sha256 and is downloaded                             |
+| wrong keys, with another classifier or as features  | the same error; timm alone silently returns a random network |
 | server stalls in the middle, once                   | right, after HF_HUB_DOWNLOAD_TIMEOUT                         |
 | server stalls, always                               | error after 6 times that, and 5 s                            |
 | server is slow, full cache                          | right, after HF_HUB_ETAG_TIMEOUT                             |
 | no network, full cache                              | right                                                        |
 | no network, empty cache                             | error after 23 s, at once with HF_HUB_OFFLINE=1              |
-| cache that cannot be written, full                  | right                                                        |
-| cache that cannot be written, empty                 | error: name another cache                                    |
+| read-only cache, full                               | right                                                        |
+| read-only cache, empty                              | error: set another cache                                     |
 | four processes at once                              | right, from one download                                     |
-| four at once, altered on the way once               | right or error in each, never wrong weights                  |
+| four at once, altered during the download once      | right or error in each, never wrong weights                  |
 
-Of a `hf-hub:` name timm downloads config.json before our code is reached. Then errors are huggingface_hub's own: that
-of a 404, 401 or 403 names the repository in a URL, and a remedy or none; without a network and a cache it names a
-remedy, but no repository; of a cache that cannot be written it is a bare PermissionError that names the folder.
+For a `hf-hub:` name, timm downloads config.json before our code runs. Errors of this download come from
+huggingface_hub. After a 404, 401 or 403 the error names the repository in a URL, and not always a remedy. Without a
+network and a cache it names a remedy, but no repository. For a read-only cache it is a PermissionError that names the
+folder.
 
-Not detected: values altered in a file that has no sha256 in the cache, because it is small and so in git, or because
-the file system of the cache has no links (HF_HUB_DISABLE_SYMLINKS=1).
+Not detected: altered values in a file whose sha256 is not in the cache. This is the case for small files, which are in
+git, and on file systems without links (HF_HUB_DISABLE_SYMLINKS=1).
 """
 
 import json
@@ -54,15 +55,15 @@ from hub import Fault, hub
 from safetensors.torch import load_file, save_file
 
 NET = 'hf-hub:org/net'
-NOWHERE = 'http://127.0.0.1:9'  # nobody listens there
+NOWHERE = 'http://127.0.0.1:9'  # no server
 NOBODY = 65534
 
-# Forks a process for each try. What takes long to import and reads none of huggingface_hub's settings is there already.
+# Forks a process for each try. The parent has imported the slow modules that do not read settings of huggingface_hub.
 RUNNER = """
 import encodings.idna, gc, json, os, sys, torch, torchvision
 from safetensors.torch import load_file
 
-gc.disable()  # it would touch, and so copy, all memory in each process: half of the time of a try
+gc.disable()  # a collection writes to all memory, so each process would copy it: half of the time of a try
 
 def attempt(name, kwargs, expected):
     try:
@@ -95,12 +96,12 @@ for line in sys.stdin:
 
 @pytest.fixture(scope='module')
 def files(theirs):
-    """The right weights of each name, under our keys; readable for everybody."""
+    """Files with the right weights for each name, under our keys, readable for all users."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         torch.manual_seed(0)
         state = timm.create_model('sknet12').state_dict()
-        # Values that half precision has too, so that a file of halves gives the same network.
+        # Values that float16 can represent, so that a float16 file gives the same network.
         small = {k: v.half().float() if v.is_floating_point() else v for k, v in state.items()}
         save_file(small, f'{folder}/small.safetensors')
         sknet50 = timm.create_model('sknet50')
@@ -113,7 +114,7 @@ def files(theirs):
 
 @pytest.fixture(scope='module')
 def tries(files, tmp_path_factory):
-    """Makes models at once, in a process each; returns 'right', 'wrong' or the error of each."""
+    """Creates several models at once, each in a process; returns 'right', 'wrong' or the error for each."""
     folder = tmp_path_factory.mktemp('tries')
     env = {key: value for key, value in os.environ.items() if not key.startswith('HF_')}
     runner = subprocess.Popen(
@@ -146,13 +147,13 @@ def job(address, home, name=NET, uid=0, env=None, **kwargs):
 
 @pytest.fixture
 def load(tries):
-    """Makes one model."""
+    """Creates one model in a process."""
     return lambda *args, **kwargs: tries(job(*args, **kwargs))[0]
 
 
 @pytest.fixture
 def net(files, tmp_path):
-    """A folder for the server, with the repository of a small network."""
+    """A folder for the server that contains the repository of a small network."""
     repository = tmp_path / 'hub' / 'org' / 'net'
     repository.mkdir(parents=True)
     cfg = dict(input_size=[3, 32, 32], num_classes=10, first_conv='stem.conv', classifier='head.fc')
@@ -164,7 +165,7 @@ def net(files, tmp_path):
 
 def is_error(outcome, cause, remedy, repository='org/net'):
     return re.fullmatch(
-        rf'RuntimeError: No weights from {repository} on the Hub: .*({cause}).*\. .*({remedy}).*\.', outcome
+        rf'RuntimeError: Cannot load weights from {repository} on the Hub: .*({cause}).*\. .*({remedy}).*\.', outcome
     )
 
 
@@ -194,9 +195,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize('name', FAULTS)
-def test_a_fault_of_server_or_line_ends_in_right_weights_or_an_error_and_leaves_the_cache_sound(
-    load, net, tmp_path, name
-):
+def test_a_network_fault_ends_in_right_weights_or_an_error_and_does_not_spoil_the_cache(load, net, tmp_path, name):
     make, cause, remedy = FAULTS[name]
     fault = make()
     with hub(net, fault) as address:
@@ -239,7 +238,7 @@ def test_a_bad_file_on_the_hub_ends_in_an_error_until_it_is_corrected(load, net,
         save_file(spoil(kind, load_file(file)), file)
     with hub(net) as address:
         outcome = load(address, tmp_path / 'home', **kwargs)
-        assert is_error(outcome, cause, 'damaged on the Hub, or of another network')
+        assert is_error(outcome, cause, 'The file on the Hub is corrupted or belongs to another network')
         file.write_bytes(good)
         assert load(address, tmp_path / 'home') == 'right'
 
@@ -266,7 +265,7 @@ def test_an_altered_file_in_the_cache_is_refused_and_removed(load, net, tmp_path
         assert load(address, tmp_path / 'home', **kwargs) == 'right'
         [blob] = blobs(cache)
         good = blob.read_bytes()
-        if where == 'store of Xet':  # there the file has the name of another hash
+        if where == 'store of Xet':  # there the file is named by another hash
             store = cache / 'blobs' / 'ff' / ('f' * 64)
             store.parent.mkdir(parents=True)
             blob.rename(store)
@@ -301,7 +300,7 @@ def test_a_full_cache_is_enough_without_a_network_or_with_a_slow_one(load, net, 
 
 @contextmanager
 def read_only(folder):
-    """Yields the user to whom the folder is read-only: root writes whatever the mode is, so another one for root."""
+    """Makes a folder read-only; yields the user id for which it is so: root can write in any mode."""
     folders = [folder, *(path for path in folder.rglob('*') if path.is_dir() and not path.is_symlink())]
     for path in folders:
         path.chmod(0o555)
@@ -314,12 +313,12 @@ def read_only(folder):
 
 @pytest.fixture
 def shared():
-    """A folder that every user can reach; those of pytest are the user's own."""
+    """A folder that all users can access, which the folders of pytest do not allow."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
-def test_a_cache_that_cannot_be_written(load, net, repo, shared):
+def test_a_read_only_cache(load, net, repo, shared):
     with hub(repo) as address, read_only(shared) as uid:
         outcome = load(address, shared / 'home', 'sknet50', uid)
     assert is_error(outcome, 'Permission denied', 'HF_HUB_CACHE', TIMM_REPO)
@@ -343,11 +342,13 @@ def test_four_processes_at_once_share_one_download(tries, net, tmp_path):
     assert [method for method, _ in count.seen].count('GET') == 1
 
 
-def test_four_processes_at_once_never_take_an_altered_file(tries, load, net, tmp_path):
+def test_four_processes_at_once_never_load_an_altered_file(tries, load, net, tmp_path):
     with hub(net, Fault(body=alter_values, times=1)) as address:
         outcomes = tries(*[job(address, tmp_path) for _ in range(4)])
         assert any(is_error(outcome, 'altered', 'Try again') for outcome in outcomes)
-        assert all(outcome == 'right' or outcome.startswith('RuntimeError: No weights from') for outcome in outcomes)
+        assert all(
+            outcome == 'right' or outcome.startswith('RuntimeError: Cannot load weights from') for outcome in outcomes
+        )
         assert load(address, tmp_path) == 'right'
 
 
@@ -356,16 +357,16 @@ def test_four_processes_at_once_never_take_an_altered_file(tries, load, net, tmp
     [
         (dict(no_such_argument=1), 'TypeError'),
         (dict(branches=[]), 'ValueError'),
-        (dict(features_only=True, out_indices=[9]), 'IndexError'),  # raised by timm, after the weights are loaded
+        (dict(features_only=True, out_indices=[9]), 'IndexError'),  # raised by timm after the weights are loaded
         (dict(device='no such device'), 'RuntimeError: Invalid device string'),
     ],
 )
-def test_errors_of_other_arguments_stay_what_they_are(load, net, tmp_path, kwargs, error):
+def test_errors_of_other_arguments_are_unchanged(load, net, tmp_path, kwargs, error):
     with hub(net) as address:
         assert load(address, tmp_path, **kwargs).startswith(error)
 
 
-def test_before_our_code_is_reached_errors_are_huggingface_hubs(load, net, tmp_path):
+def test_errors_before_our_code_runs_are_huggingface_hubs(load, net, tmp_path):
     with hub(net, Fault(404, 'RepoNotFound', method='', file='config.json')) as address:
         assert re.match('RepositoryNotFoundError(.|\n)*org/net', load(address, tmp_path))
     assert load(NOWHERE, tmp_path, env={'HF_HUB_OFFLINE': '1'}).startswith('LocalEntryNotFoundError')
@@ -386,8 +387,8 @@ def test_sknet50(load, repo, theirs, tmp_path):
     with hub(repo, Fault(404, 'EntryNotFound', method='')) as address:
         assert failed(address, '404', 'Check the name')
     with hub(tmp_path) as address:
-        assert failed(address, 'Missing keys', 'of another network')
-        assert failed(address, 'Missing keys', 'of another network', num_classes=5)
+        assert failed(address, 'Missing keys', 'to another network')
+        assert failed(address, 'Missing keys', 'to another network', num_classes=5)
     with hub(repo, Fault(body=alter_values)) as address:
         assert failed(address, 'altered', 'Try again')
     cut = Fault(stop=60_000_000, times=1)
@@ -397,7 +398,7 @@ def test_sknet50(load, repo, theirs, tmp_path):
 
 
 @pytest.mark.slow
-def test_faults_that_last_end_in_an_error_in_half_a_minute(tries, net, repo, tmp_path):
+def test_permanent_faults_end_in_an_error_within_half_a_minute(tries, net, repo, tmp_path):
     env = {'HF_HUB_DOWNLOAD_TIMEOUT': '1'}
     with (
         hub(net, Fault(500, method='')) as error,

@@ -1,6 +1,6 @@
-"""Fuzzes the readers of weights with files that are almost right: each is read, or refused with a text.
+"""Fuzz tests of the readers of weights: a file that is almost valid is read, or refused with a message.
 
-FUZZ_EXAMPLES sets how many files of each kind are tried. Without it they are few, and always the same ones.
+FUZZ_EXAMPLES sets the number of files of each type. Without it, there are few files, and they are always the same.
 """
 
 import argparse
@@ -27,15 +27,16 @@ import pytorch_reference
 import timm
 import torch
 from caffe_reference import varint
+from hostile import Call, laughs
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from timm_sknet import convert, sources
+from timm_sknet.checkpoints import convert, reading
 from timm_sknet.network import SKNetCfg
 from timm_sknet.sknets import model_cfgs
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # those of torch on what is made here
+pytestmark = pytest.mark.filterwarnings('ignore')  # torch warns about some of the files made here
 FILE = Path('weights')
 MODELS = 'sknet26', 'sk_resnet50'
 SIZES = dict(depths=(2, 1), mid_widths=(32, 32), widths=(32, 48))
@@ -44,7 +45,7 @@ MB = 2**20
 
 
 def fuzz(share: float = 1.0):
-    """Settings of a test that tries this share of FUZZ_EXAMPLES files."""
+    """Returns the settings of a test with this share of FUZZ_EXAMPLES files."""
     examples = int(int(os.environ.get('FUZZ_EXAMPLES', 800)) * share)
     return settings(
         max_examples=examples,
@@ -58,10 +59,10 @@ def fuzz(share: float = 1.0):
 
 @pytest.fixture(scope='module', autouse=True)
 def tiny(tmp_path_factory):
-    """Leaves two models, tiny ones, builds each form of them once, and works in an empty folder."""
+    """Reduces the models to two small ones, caches their shapes, and changes to an empty folder."""
     variant = dict(depths=(1, 1), mid_widths=(32, 32), widths=(128, 128), strides=(1, 2))
     cfgs = [SKNetCfg(**SIZES, strides=(1, 2), stem=(8, 7, 2)), model_cfgs['sk_resnet50'].override(**variant)]
-    built = sources.shapes
+    built = reading.shapes
     known = {}
 
     def shapes(arch, most=math.inf, /, **args):
@@ -72,26 +73,26 @@ def tiny(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp('fuzz'))
-        patch.setattr(sources, 'shapes', shapes)
-        patch.setattr(sources, 'hf_hub_download', mock.Mock(side_effect=OSError('no network')))
+        patch.setattr(reading, 'shapes', shapes)
+        patch.setattr(reading, 'hf_hub_download', mock.Mock(side_effect=OSError('no network')))
         with mock.patch.dict(model_cfgs, zip(MODELS, cfgs), clear=True):
             yield
 
 
 class Content(bytes):
-    """What a failing test need not print: pytest keeps its folder, and in it the file."""
+    """Bytes with a short repr: a failing test leaves the file in its folder."""
 
     def __repr__(self):
         return f'<{len(self)} bytes>'
 
 
 class Hang(BaseException):
-    """Is not caught by those who catch what torch raises."""
+    """Raised after a timeout. It is not an Exception, so the code under test does not catch it."""
 
 
 @contextmanager
 def bounded(seconds: float = 5, memory: int = 64 * MB):
-    """Raises where more of the processor's time or more memory is taken than that, or a warning is given."""
+    """Context manager that fails if the code uses more CPU time or memory, or gives a warning."""
 
     def stop(*_):
         raise Hang
@@ -110,7 +111,7 @@ def bounded(seconds: float = 5, memory: int = 64 * MB):
 
 
 def try_to_read(content: bytes, arch: str, whole: bool, source: str = str(FILE)) -> str:
-    """Gives why the content is refused, or '' where it is the weights of the model; `whole` converts them too."""
+    """Returns why the content is refused, or '' if it is read; with `whole`, it is also converted to a folder."""
     FILE.write_bytes(content)
     before = os.listdir()
     if whole:
@@ -124,9 +125,9 @@ def try_to_read(content: bytes, arch: str, whole: bool, source: str = str(FILE))
                 assert os.listdir() == before
     with bounded():
         try:
-            weights = sources.read(source, arch)
-            state, args = convert._fit(weights, arch)
-            state = convert._checked(state, torch.float32)
+            weights = reading.read(source, arch)
+            state, args = reading.to_state_dict(weights, arch)
+            state = convert.check_and_cast(state, torch.float32)
         except (ValueError, OSError) as e:
             assert str(e).strip()
             return str(e)
@@ -150,7 +151,7 @@ ARCHS = st.sampled_from([*MODELS, MODELS[0]])
 
 @st.composite
 def damage(draw, content: bytes) -> bytes:
-    """Content that is cut short, changed in a few bytes, or has some more."""
+    """Draws a truncated copy of the content, or one with a few bytes changed, inserted or left out."""
     at = draw(st.integers(0, len(content)))
     how = draw(st.sampled_from(['cut', 'change', 'insert', 'leave out']))
     some = draw(st.binary(min_size=1, max_size=12)) if how in ('change', 'insert') else b''
@@ -182,7 +183,7 @@ def caffemodel(**options: bool) -> bytes:
 
 
 def fields_of(message: bytes):
-    """Number, wire type and value of each field, as far as they can be read."""
+    """Returns number, wire type and value of each field, as far as they can be read."""
 
     def number():
         value = shift = 0
@@ -211,7 +212,7 @@ def encoded(number: int, wire_type: int, value, length=None) -> bytes:
 
 @st.composite
 def mutated_message(draw, message: bytes, kind: str = NET) -> bytes:
-    """A message one field of which, here or further inside, is another, or stands elsewhere, or not at all."""
+    """Draws a copy of the message with one field, at any depth, changed, moved or left out."""
     fields = fields_of(message)
     if not fields:
         return draw(VALUES)
@@ -268,44 +269,26 @@ def test_caffe_files(data, arch):
     try_to_read(content, arch, draw(RARELY))
 
 
-# Checkpoints of torch
-
-
-class Call:
-    """Is pickled as the call of a function."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-def laughs(levels: int = 60):
-    """A few lists whose text has more characters than any memory."""
-    value = ['ha']
-    for _ in range(levels):
-        value = [value, value]
-    return value
+# PyTorch checkpoints
 
 
 def itself():
-    """An object whose text never ends."""
+    """Returns an object that contains itself, so that its text never ends."""
     value = argparse.Namespace()
     value.value = value
     return value
 
 
 def attributes(value, **attributes):
-    """The value, what it can do hidden behind nonsense."""
+    """Sets attributes of the value, which can replace its methods."""
     vars(value).update(attributes)
     return value
 
 
 def lying(size, stride, offset=0):
-    """A tensor that says it has more elements than it has memory."""
+    """Returns a tensor with any size and stride in a storage of four elements."""
     storage = torch.zeros(4).storage()
-    # private, because only the pickle of a tensor calls it
+    # there is no public function for this
     return Call(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {})
 
 
@@ -315,7 +298,7 @@ TENSORS = {
     'too large': lambda w: torch.full(w.shape, 1e300, dtype=torch.float64),
     'complex': lambda w: w.to(torch.complex64),
     'conjugated': lambda w: w.to(torch.complex64).conj(),
-    'negated': torch._neg_view,  # private: the public operations resolve the view at once
+    'negated': torch._neg_view,  # public operations resolve the view
     'int': lambda w: w.to(torch.int32),
     'bool': lambda w: w > 0,
     'uint16': lambda w: torch.ones(w.shape, dtype=torch.uint16),
@@ -422,7 +405,7 @@ TOP = 'state_dict', 'state_dict_ema', 'args', 'metric', 'epoch', 'get'
 
 @cache
 def states():
-    """The state dict of each model, that of the second as the authors have it."""
+    """Returns the state dicts of both models, the second one with the authors' keys."""
     state = timm.create_model(MODELS[0], num_classes=5).state_dict()
     return state, pytorch_reference.random_state((1, 1), (32, 32), num_classes=5)
 
@@ -432,7 +415,7 @@ def thing(draw):
 
 
 def change_state(draw, state) -> None:
-    """Takes out a tensor, or puts another in its place, or gives it another name."""
+    """Removes, replaces or renames a tensor of a state dict."""
     at = draw(st.sampled_from(['head.fc.weight', 'stem.conv.weight', *state]))
     value = state.pop(at, torch.ones(5, 48))
     how = draw(st.sampled_from(['drop', 'rename', 'thing', 'prefix', *['tensor'] * 5]))
@@ -444,12 +427,12 @@ def change_state(draw, state) -> None:
         state |= {f'_orig_mod.{key}': state.pop(key) for key in list(state)}
     elif how == 'tensor':
         state[at] = value
-        with mock.patch.object(torch, 'empty', torch.zeros):  # the same numbers each time
+        with mock.patch.object(torch, 'empty', torch.zeros):  # reproducible values
             value = value if isinstance(value, torch.Tensor) else torch.ones(2, 2)
             try:
                 state[at] = TENSORS[draw(st.sampled_from(sorted(TENSORS)))](value)
             except (RuntimeError, TypeError, IndexError):
-                pass  # cannot be made of a tensor that was changed before
+                pass  # not possible for a tensor that was changed before
 
 
 @given(st.data(), ARCHS, st.booleans())
@@ -481,7 +464,7 @@ def test_checkpoints(data, arch, legacy):
         try:
             torch.save(saved, content, _use_new_zipfile_serialization=not legacy)
         except (RuntimeError, AttributeError, TypeError):
-            return  # what cannot be saved
+            return  # torch cannot save this object
     try_to_read(content.getvalue(), arch, draw(RARELY))
 
 
@@ -528,7 +511,7 @@ HOSTILE = [
 
 @cache
 def pickled(legacy: bool):
-    """Start, pickle and end of a checkpoint, the pickle as a list of what it does."""
+    """Returns the opcodes of the pickle of a checkpoint, the bytes after it, and the whole file."""
     checkpoint = dict(state_dict=states()[0], args=argparse.Namespace(model_kwargs={}, mean=[0.5]))
     file = io.BytesIO()
     torch.save(checkpoint, file, _use_new_zipfile_serialization=not legacy)
@@ -545,7 +528,7 @@ def pickled(legacy: bool):
 
 
 def archived(pickle: bytes, file: io.BytesIO, draw) -> bytes:
-    """The archive with another pickle, and rarely without, or with another, of its other parts."""
+    """Returns the archive with another pickle. Rarely, another part is also changed or left out."""
     out = io.BytesIO()
     part = draw(st.sampled_from([None] * 8 + ['/version', '/byteorder', '/data/0', '/data/1', '/.data', '.pkl']))
     compressed = draw(st.integers(0, 9)) == 0
@@ -646,9 +629,9 @@ def test_safetensors(content, arch, whole):
     try_to_read(content, arch, whole)
 
 
-# The Hub, and noise
+# Repositories on the Hub, and random bytes
 
-CFG = [*timm.models.PretrainedCfg.__dataclass_fields__, *sources.PREPROCESSING, *['input_size', 'label_names'] * 3]
+CFG = [*timm.models.PretrainedCfg.__dataclass_fields__, *reading.PREPROCESSING, *['input_size', 'label_names'] * 3]
 CONFIG = dict(architecture='x', model_args={}, pretrained_cfg=dict(tag='x', mean=[0.5] * 3, input_size=[3, 32, 32]))
 
 
@@ -670,7 +653,7 @@ def test_repositories(data):
     Path('config.json').write_bytes(draw(damage(text)) if where == 'text' else text)
     content = safetensors() if draw(st.integers(0, 4)) else draw(mutated_safetensors())
     files = {'model.safetensors': FILE, 'config.json': 'config.json'}
-    with mock.patch.object(sources, 'hf_hub_download', lambda repo, name, **_: str(files[name])):
+    with mock.patch.object(reading, 'hf_hub_download', lambda repo, name, **_: str(files[name])):
         try_to_read(content, MODELS[0], draw(st.booleans()), source='org/name@main')
 
 

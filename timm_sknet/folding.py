@@ -1,0 +1,58 @@
+"""Folds batch norms into the convolutions before them, for inference."""
+
+import copy
+from typing import Tuple
+
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+BATCH_NORMS = BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d
+
+
+class Folded(nn.Module):
+    """Replaces a batch norm that was folded into a convolution; applies its activation."""
+
+    def __init__(self, act: nn.Module):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise RuntimeError(
+                'A folded (reparameterized) model cannot train. Call eval(), or train the original model.'
+            )
+        return self.act(x)
+
+
+def fold(conv: nn.Module, norm: nn.Module) -> Tuple[nn.Module, nn.Module]:
+    """Folds a batch norm, with its running statistics, into the convolution before it.
+
+    Args:
+        conv: The convolution. It is not changed, because other modules may share it.
+        norm: One of timm's norm-activation layers.
+
+    Returns:
+        The folded convolution and the activation, to replace `conv` and `norm`. If one of them is of another class or
+        has hooks, or if the norm has no running statistics, `conv` and `norm` are returned unchanged.
+    """
+    if type(conv) is not nn.Conv2d or type(norm) not in BATCH_NORMS or norm.running_var is None:
+        return conv, norm
+    if any(watched(m) for m in (conv, norm, norm.drop)):
+        return conv, norm
+    folded, norm = copy.deepcopy(conv), copy.deepcopy(norm).double()
+    bias = None if conv.bias is None else conv.bias.double()
+    fused = fuse_conv_bn_weights(
+        conv.weight.double(), bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    for name, value in zip(('weight', 'bias'), fused):
+        trainable = conv.weight.requires_grad
+        setattr(folded, name, nn.Parameter(value.detach().to(conv.weight), requires_grad=trainable))
+    return folded, Folded(norm.act).train(conv.training)
+
+
+def watched(m: nn.Module) -> bool:
+    """Returns whether a call of the module runs more than its class defines: hooks, or a `forward` of its own."""
+    # torch has no public API that lists hooks
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return bool(hooks) or 'forward' in vars(m)
