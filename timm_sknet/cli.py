@@ -262,65 +262,22 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _attention(args: argparse.Namespace) -> int:
-    try:
-        from timm_sknet.attention.figures import FORMATS, MOST_IMAGES, draw_classes, draw_images
-    except ImportError:
-        return _fail(ImportError("Figures need matplotlib. Run pip install 'timm-sknet[plot]'."))
-    from timm_sknet.attention import find_units, scale_experiment, table, typical_units, write_csv
-    from timm_sknet.images import find_images, read_image
-    from timm_sknet.predict import load_model
+    from timm_sknet.attention.draw import draw
 
     failed = []
 
-    def fail(error: ValueError) -> None:
+    def on_error(error: ValueError) -> None:
         failed.append(error)
         _print_error(str(error))
 
-    by_class = any(os.path.isdir(path) for path in args.paths)
     try:
-        for option, file, endings in ('--out', args.out, FORMATS), ('--csv', args.csv, ('.csv',)):
-            if file and file.suffix.lower() not in endings:
-                raise ValueError(f'{option} must end in {" or ".join(endings)}, got {str(file)!r}.')
-            if file and not file.parent.is_dir():
-                raise ValueError(f'There is no folder {str(file.parent)!r} for {option} {file.name}. Create it first.')
-            if file and file.is_dir():
-                raise ValueError(f'{option} must be a file, got the folder {str(file)!r}.')
-        if any(args.out.absolute() == Path(path).absolute() for path in args.paths):
-            raise ValueError(f'--out would replace the image {str(args.out)!r}. Choose another name.')
-        found = (file for path in args.paths for file in find_images(path))
-        files = [file for file in found if file.absolute() != args.out.absolute()]  # skips an earlier figure
-        if not by_class and len(files) > MOST_IMAGES:
-            raise ValueError(
-                f'{len(files)} images do not fit into one figure. Give at most {MOST_IMAGES} images, or a folder.'
-            )
-        model = load_model(args.model)
-        known = list(find_units(model))
-        units = list(dict.fromkeys(args.units)) or typical_units(known)[slice(None) if by_class else slice(1, 2)]
-        unknown = [name for name in units if name not in known]
-        if unknown:
-            raise ValueError(f'{args.model} has no unit {", ".join(unknown)}. It has {", ".join(known)}.')
-
-        if by_class:
-            state = args.out.with_name(f'{args.out.name}.state')
-            results = [scale_experiment(model, files, args.scales, args.workers, state, fail)]
-            draw_classes(results[0], units, args.out)
-        else:
-            readable = []
-            for file in files:
-                try:
-                    read_image(file)
-                    readable.append(file)
-                except ValueError as e:
-                    fail(e)
-            if not readable:
-                return 2
-            results = [scale_experiment(model, [file], args.scales) for file in readable]
-            draw_images(model, results, units, args.out)
-        if args.csv:
-            groups = [result.classes if by_class else [str(file) for file in result.files] for result in results]
-            write_csv([row for result, names in zip(results, groups) for row in table(result, names)], args.csv)
-    except (OSError, RuntimeError, ValueError) as e:
+        drawn = draw(
+            args.paths, args.model, args.out, args.csv, args.scales, args.units, args.workers, on_error=on_error
+        )
+    except (ImportError, OSError, RuntimeError, ValueError) as e:
         return _fail(e)
+    if not drawn:
+        return 2
     print(f'Wrote {args.out}.')
     return 1 if failed else 0
 
