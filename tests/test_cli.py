@@ -17,7 +17,7 @@ from timm.models import load_model_config_from_hf  # noqa: F401  imports the Hub
 
 import timm_sknet
 from timm_sknet import images as image_files
-from timm_sknet import predict
+from timm_sknet import labels, predict
 from timm_sknet.cli import main
 
 LABELS = ['left', 'middle', 'right']
@@ -93,7 +93,7 @@ def test_every_photograph_is_small_and_has_its_source_beside_it():
 
 def test_class_names_of_imagenet_are_timms():
     model = timm.create_model('sk_shufflenetv2_x0_5', device='meta')
-    assert predict.class_names(model)[281] == 'tabby, tabby cat'
+    assert labels.class_names(model)[281] == 'tabby, tabby cat'
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_class_names_of_imagenet_are_timms():
 def test_class_names_are_those_of_the_cfg_else_the_index(cfg, expected):
     model = timm.create_model('sknet12', num_classes=2, device='meta')
     model.pretrained_cfg = cfg
-    assert predict.class_names(model) == expected
+    assert labels.class_names(model) == expected
 
 
 def test_class_names_in_a_mapping_are_found_by_their_index(capsys, tmp_path):

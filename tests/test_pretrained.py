@@ -284,7 +284,7 @@ def test_checking_weights_takes_no_memory(tmp_path):
             return out
 
     with Sizes():
-        weights.fit(model, 10)
+        weights.checked_state_dict(model, 10)
     assert sizes and max(sizes) <= 16
 
 

@@ -14,8 +14,8 @@ from timm_sknet import __version__
 
 DEFAULT_MODEL = 'sknet12.cifar10'
 EXIT_CODES = (
-    'Exit code: 0 if all images were processed, 1 if some could not be read (they are named on stderr), 2 if nothing '
-    'was done.'
+    'Exit code: 0 if all images were processed, 1 if some could not be read (they are named on stderr), 2 if the '
+    'command stopped with an error or processed no image.'
 )
 
 
@@ -112,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs='+',
         default=[],
         metavar='NAME',
-        help='units whose classes or channels are plotted, such as SK_3_2 (default: as in the paper)',
+        help='SK units to plot in detail, such as SK_3_2: per class for a folder, per channel for images (default: '
+        'units shown in the paper)',
     )
     attention.add_argument(
         '--workers',
@@ -170,9 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         help='number of classes that SOURCE must have, or 0 to leave out its classifier (default: as in SOURCE)',
     )
     convert.add_argument('--tag', default='', help='tag of the weights, as in MODEL.TAG')
-    convert.add_argument(
-        '--license', default='', help='licence of the weights; the model card states that you claim it'
-    )
+    convert.add_argument('--license', default='', help='licence of the weights; the model card says that you stated it')
     convert.add_argument('--label-names', type=Path, metavar='FILE', help='text file with one class name per line')
     convert.add_argument('--force', action='store_true', help='replace a folder that an earlier conversion wrote')
 
@@ -240,7 +239,7 @@ def _predict(args: argparse.Namespace) -> int:
             file, predictions = next(results)
         except StopIteration:
             break
-        except Exception as e:  # a model of others may fail on the input of its own cfg
+        except Exception as e:  # a third-party model may fail on the input of its own cfg
             _print_error(f'Model {args.model!r} failed on the images: {e!r}')
             return 2
         bar.update()

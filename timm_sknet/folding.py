@@ -1,7 +1,7 @@
 """Folds batch norms into the convolutions before them, for inference."""
 
 import copy
-from typing import Tuple
+from typing import Any, Mapping, Tuple
 
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def fold(conv: nn.Module, norm: nn.Module) -> Tuple[nn.Module, nn.Module]:
     """
     if type(conv) is not nn.Conv2d or type(norm) not in BATCH_NORMS or norm.running_var is None:
         return conv, norm
-    if any(watched(m) for m in (conv, norm, norm.drop)):
+    if any(is_customized(m) for m in (conv, norm, norm.drop)):
         return conv, norm
     folded, norm = copy.deepcopy(conv), copy.deepcopy(norm).double()
     bias = None if conv.bias is None else conv.bias.double()
@@ -51,8 +51,13 @@ def fold(conv: nn.Module, norm: nn.Module) -> Tuple[nn.Module, nn.Module]:
     return folded, Folded(norm.act).train(conv.training)
 
 
-def watched(m: nn.Module) -> bool:
+def is_customized(m: nn.Module) -> bool:
     """Returns whether a call of the module runs more than its class defines: hooks, or a `forward` of its own."""
     # torch has no public API that lists hooks
     hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
     return bool(hooks) or 'forward' in vars(m)
+
+
+def is_folded(state_dict: Mapping[str, Any]) -> bool:
+    """Returns whether the weights come from a folded SKNet: its convolutions have a bias and no batch norm."""
+    return any(key.endswith('.conv.bias') for key in state_dict)

@@ -9,7 +9,7 @@ from timm.data import get_img_extensions
 
 
 def find_images(path: Union[str, Path]) -> List[Path]:
-    """Returns the path if it is a file, or all images in a folder and its subfolders, sorted.
+    """Returns all images in a folder and its subfolders, sorted, or the path itself if it is not a folder.
 
     Raises:
         ValueError: If a folder has no images.

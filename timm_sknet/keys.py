@@ -5,6 +5,8 @@ from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Sequence, T
 
 from torch import Tensor, nn
 
+from timm_sknet.folding import is_folded
+
 # Each other implementation is detected by a part of a key that no other one has.
 TIMM_KEY_PART = '.conv2.paths.'  # timm's skresnext50_32x4d
 PYTORCH_KEY_PART = '.conv2g.'  # the authors' sk_resnet50 and sk_resnet101
@@ -54,10 +56,10 @@ def native_keys(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return renamed
 
 
-def accept_foreign_keys(model: nn.Module, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-    """Renames the keys of other implementations when a state dict is loaded: a hook of `load_state_dict`.
+def prepare_state_dict(model: nn.Module, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+    """Prepares a state dict for loading: checks that both or neither are folded, and renames foreign keys.
 
-    timm itself calls `native_keys` only for pretrained weights.
+    It is a pre-hook of `load_state_dict`. timm itself calls `native_keys` only for pretrained weights.
 
     Raises:
         RuntimeError: If the weights are folded and the model is not, or the other way round.
@@ -81,11 +83,6 @@ def accept_foreign_keys(model: nn.Module, state_dict: Dict[str, Any], prefix: st
 def detect_origin(state_dict: Iterable[str]) -> Optional[str]:
     """Detects the implementation of a state dict; returns its key in `FOREIGN_KEYS`, or None for any other."""
     return next((part for part in FOREIGN_KEYS if any(part in key for key in state_dict)), None)
-
-
-def is_folded(state_dict: Mapping[str, Any]) -> bool:
-    """Returns whether the weights are those of a folded SKNet: its convolutions have a bias and no batch norm."""
-    return any(key.endswith('.conv.bias') for key in state_dict)
 
 
 # Layers of the authors' Caffe files and our modules, first inside a unit, then outside.

@@ -10,7 +10,7 @@ from timm.layers import get_norm_act_layer
 from timm.layers.typing import LayerType
 from torch import Tensor, nn
 
-from timm_sknet.folding import Folded, fold, watched
+from timm_sknet.folding import Folded, fold, is_customized
 from timm_sknet.ops import fuse, recompute_in_backward, select
 
 Branch = Tuple[int, int, int]  # kernel size k, dilation D, groups G; G = 0 is depthwise
@@ -86,7 +86,7 @@ class SelectiveKernelAttn(nn.Module):
         self.fc1, self.bn = fold(self.fc1, self.bn)
         fc2 = self.fc2
         one_logit = self.M == 2 and isinstance(self.bn, Folded) and self.signs is None
-        if one_logit and type(fc2) is nn.Conv2d and fc2.bias is None and not watched(fc2):
+        if one_logit and type(fc2) is nn.Conv2d and fc2.bias is None and not is_customized(fc2):
             first, second = fc2.weight.detach().chunk(2)
             self.fc2 = copy.deepcopy(fc2)
             self.fc2.weight = nn.Parameter(first - second, requires_grad=fc2.weight.requires_grad)

@@ -21,20 +21,25 @@ from safetensors.torch import load_file
 from timm.models import PretrainedCfg, clean_state_dict
 from torch import Tensor, nn
 
-from timm_sknet.keys import is_folded, native_keys
+from timm_sknet.folding import is_folded
+from timm_sknet.keys import native_keys
 
 _REMEDIES = (  # for download errors: the first matching class counts
     (
         LocalEntryNotFoundError,
         'The Hub cannot be reached, and the file is not in the cache. Check the connection and try again, or use a '
-        'local folder (local-dir:FOLDER). HF_HUB_OFFLINE=1 skips the wait.',
+        'local folder (local-dir:FOLDER). Set HF_HUB_OFFLINE=1 to use only the cache, without retries.',
     ),
     (
         HfHubHTTPError,
         'Check the names of repository, revision and file. For a private or gated repository, run `hf auth login` or '
         'set HF_TOKEN. After a server error (5xx), try again later.',
     ),
-    (OSError, 'Try again. The cache must be writable and have free space; HF_HUB_CACHE or cache_dir= sets another.'),
+    (
+        OSError,
+        'Check that the cache is writable and has free space, or set another one with HF_HUB_CACHE or cache_dir=. '
+        'Try again.',
+    ),
     (Exception, 'Try again.'),
 )
 # The weights files that timm looks for in a folder: first these names, then these endings.
@@ -46,8 +51,8 @@ class PretrainedWeights:
     """Reads the pretrained weights that a cfg points to, and checks them against a network.
 
     Args:
-        cfg: Says where the weights are. As in timm, a folder or repository in the model's name comes first, then a
-            state dict, a file and the repository of the model.
+        cfg: Names the source. The priority is that of timm: a `local-dir:` or `hf-hub:` name, `state_dict`, `file`,
+            `hf_hub_id`.
         cache_dir: Cache of huggingface_hub; None for HF_HUB_CACHE.
 
     Raises:
@@ -77,7 +82,7 @@ class PretrainedWeights:
         except Exception as e:  # safetensors and torch raise errors of many classes
             raise self._error(e, self._remedy) from e
 
-    def fit(self, model: nn.Module, num_classes: int, strict: bool = True) -> Dict[str, Tensor]:
+    def checked_state_dict(self, model: nn.Module, num_classes: int, strict: bool = True) -> Dict[str, Tensor]:
         """Returns the weights under the model's keys.
 
         Args:

@@ -29,7 +29,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices  # timm has no public name for it
 from torch import Tensor, nn
 
-from timm_sknet.keys import accept_foreign_keys
+from timm_sknet.keys import prepare_state_dict
 from timm_sknet.layers import (
     PAPER_BRANCHES,
     Branch,
@@ -95,7 +95,7 @@ class SKNetCfg:
 
     @property
     def levels(self) -> int:
-        """Number of feature maps: one for each stage, plus stem and pool if the next map is smaller."""
+        """Number of feature maps: one for each stage, plus stem and pool if a later layer reduces the resolution."""
         return len(self.depths) + bool(self.stem_pool) + (self.strides[0] > 1)
 
     def override(self, **kwargs: Any) -> 'SKNetCfg':
@@ -339,7 +339,7 @@ class SKNet(nn.Module):
             for m in batch_norms if value is not None else ():
                 setattr(m, name, value)
         self._init_weights(cfg.init, zero_init_last)
-        self.register_load_state_dict_pre_hook(accept_foreign_keys)
+        self.register_load_state_dict_pre_hook(prepare_state_dict)
 
     @torch.jit.ignore
     def _init_weights(self, init: Literal['caffe', 'pytorch'], zero_init_last: bool = False) -> None:

@@ -101,7 +101,7 @@ def recompute_in_backward(U: List[Tensor], V: Tensor) -> Tensor:
             continue
         if u._version != 1:  # counts in-place changes: the ReLU must be the only one
             continue
-        output = _Output()
+        output = _RecomputedOutput()
         try:
             relu._raw_saved_result.register_hooks(output.pack, output.unpack)
             getattr(node, saved).register_hooks(output.pack, output.unpack)
@@ -114,7 +114,7 @@ def recompute_in_backward(U: List[Tensor], V: Tensor) -> Tensor:
 BATCH_NORMS = 'NativeBatchNormBackward0', 'CudnnBatchNormBackward0', 'MiopenBatchNormBackward0'
 
 
-class _Output:
+class _RecomputedOutput:
     """Saves U_i for its two uses in backward: the tensor itself or, after `free`, the inputs to recompute it."""
 
     def __init__(self) -> None:

@@ -1,19 +1,18 @@
 """Classifies image files with any timm model, for `timm-sknet predict`."""
 
 import difflib
-import reprlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, List, Sequence, Tuple, Union
+from typing import Iterator, List, Sequence, Tuple, Union
 
 import timm
 import torch
-from huggingface_hub.utils import LocalEntryNotFoundError, tqdm
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from huggingface_hub.utils import LocalEntryNotFoundError
+from timm.data import create_transform, resolve_data_config
 from torch import nn
 
 from timm_sknet.images import read_image
+from timm_sknet.labels import class_names
 
 PHOTOS = Path(__file__).parent / 'photos'
 BATCH_SIZE = 32
@@ -43,9 +42,10 @@ def load_model(name: str) -> nn.Module:
     except LocalEntryNotFoundError as e:
         raise RuntimeError(
             f'The Hub cannot be reached, and {name!r} is not in the cache. Use the model in the package (leave out '
-            '--model) or a local folder (local-dir:FOLDER). HF_HUB_OFFLINE=1 skips the wait.'
+            '--model) or a local folder (local-dir:FOLDER). Set HF_HUB_OFFLINE=1 to use only the cache, without '
+            'retries.'
         ) from e
-    except Exception as e:  # files and repositories of others can cause any error
+    except Exception as e:  # files and repositories from elsewhere can cause any error
         known = [*timm.list_models(), *timm.list_pretrained()]
         near = [] if name in known else difflib.get_close_matches(name.lower(), known, n=5)
         hint = f' Similar names: {", ".join(near)}.' if near else ''
@@ -60,62 +60,15 @@ def load_model(name: str) -> nn.Module:
 
 
 def fast_layout(model: nn.Module) -> torch.memory_format:
-    """Converts a model on a CPU to channels_last, which is faster there; returns the memory format for its images."""
+    """Converts a model on a CPU to channels_last, which is faster for batches there.
+
+    Returns:
+        The memory format for the images.
+    """
     if next(model.parameters()).device.type != 'cpu':
         return torch.preserve_format
     model.to(memory_format=torch.channels_last)
     return torch.channels_last
-
-
-def label_names(value: Any, num_classes: int) -> List[str]:
-    """Returns the class names in the order of their indices.
-
-    Args:
-        value: `label_names` of a cfg: a list of strings, or a mapping from indices to strings in any order. The indices
-            may be strings, as in JSON.
-        num_classes: Number of classes.
-
-    Raises:
-        ValueError: If `value` has another type, or does not have one name for each class.
-    """
-    names = value
-    if isinstance(value, dict):
-        try:
-            by_index = {int(index): name for index, name in value.items()}
-            names = [by_index[i] for i in range(len(value))]
-        except (KeyError, TypeError, ValueError):
-            names = None
-    if isinstance(names, (list, tuple)) and len(names) == num_classes and all(isinstance(name, str) for name in names):
-        return list(names)
-    number = f'{len(value)}: ' if isinstance(value, (list, tuple, dict)) else ''
-    raise ValueError(
-        f'label_names must be a list of {num_classes} strings, or a mapping from the indices 0 to {num_classes - 1} to '
-        f'strings, got {number}{reprlib.repr(value)}.'
-    )
-
-
-def class_names(model: nn.Module) -> List[str]:
-    """Returns the class names of the cfg, else those of ImageNet if their number fits, else the class indices.
-
-    If the names of the cfg are not valid, a line on stderr says so, and the class indices are returned.
-    """
-    cfg: Any = model.pretrained_cfg
-    num_classes: Any = model.num_classes
-    names: Any = None
-    subset = infer_imagenet_subset(model)
-    if cfg.get('label_names'):
-        descriptions = cfg.get('label_descriptions')
-        descriptions = descriptions if isinstance(descriptions, dict) else {}
-        try:
-            names = [descriptions.get(name, name) for name in label_names(cfg['label_names'], num_classes)]
-        except ValueError as e:
-            message = f'{e} Class indices are shown instead. To see names, correct config.json of the model.'
-            tqdm.write(f'timm-sknet: {message}', file=sys.stderr)  # does not break a progress bar
-    elif subset:
-        names = ImageNetInfo(subset).label_descriptions()
-    if not names or len(names) != num_classes:
-        names = [str(i) for i in range(num_classes)]
-    return names
 
 
 def classify(

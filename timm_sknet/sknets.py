@@ -275,13 +275,13 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
         placeholder = replace(cfg, source=None, state_dict={'weights': None})
         kwargs |= dict(pretrained_cfg=placeholder, pretrained_cfg_overlay=None)
 
-    def fit(state_dict: Dict[str, Any], model: SKNet) -> Dict[str, Any]:
+    def checked(state_dict: Dict[str, Any], model: SKNet) -> Dict[str, Any]:
         model.pretrained_cfg.pop('state_dict', None)
         if cfg.source:
             model.pretrained_cfg['source'] = cfg.source
         found = read or PretrainedWeights(replace(cfg, state_dict=state_dict))
         classes = 0 if kwargs.get('features_only') else model.num_classes
-        return found.fit(model, classes, kwargs.get('pretrained_strict', True))
+        return found.checked_state_dict(model, classes, kwargs.get('pretrained_strict', True))
 
     return build_model_with_cfg(
         SKNet,
@@ -289,7 +289,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
         pretrained,
         model_cfg=model_cfg,
         feature_cfg=dict(out_indices=tuple(range(levels)), flatten_sequential=True),
-        pretrained_filter_fn=fit,
+        pretrained_filter_fn=checked,
         **kwargs,
     )
 

@@ -198,7 +198,11 @@ def test_a_caffe_file_of_another_network_is_refused_and_its_own_is_named(
     file, _ = write(**CAFFE_NETWORKS[name])
     for arch in others:
         code, err = run(file, arch)
-        assert code == 2 and f'not for {arch}: ' in err and err.endswith(f'It looks like {name}: use --arch {name}.\n')
+        assert (
+            code == 2
+            and f'do not match {arch}: ' in err
+            and err.endswith(f'It looks like {name}: use --arch {name}.\n')
+        )
     assert os.listdir(tmp_path) == ['authors.caffemodel']
 
 
@@ -224,7 +228,7 @@ def test_a_checkpoint_or_a_folder_is_of_the_model_that_it_names(tiny_caffe, run,
     model = trained(name, num_classes=7)
     torch.save({'state_dict': model.state_dict(), 'args': arguments}, tmp_path / 'last.pth.tar')
     code, err = run(tmp_path / 'last.pth.tar', other)
-    expected = f'not for {other}: the weights were saved for {name}. It looks like {name}: use --arch {name}.'
+    expected = f'do not match {other}: the weights were saved for {name}. It looks like {name}: use --arch {name}.'
     assert code == 2 and expected in err
     folder = shutil.move(converted(tmp_path / 'last.pth.tar', name), tmp_path / 'first')
     assert_same(load(folder), model)
@@ -452,7 +456,7 @@ def test_options_do_what_they_say(converted, run_of_train_py, checkpoint, tmp_pa
     assert model.pretrained_cfg['label_names'] == config(folder)['label_names'] == names
     assert model.pretrained_cfg['tag'] == 'mine'
     card = ModelCard.load(folder / 'README.md')
-    assert card.data.license == 'mit' and 'mit, claimed by the person who converted the weights' in card.text
+    assert card.data.license == 'mit' and 'mit, stated by the person who converted the weights' in card.text
     assert card.text.lstrip().startswith('# sknet12.mine')
     for key, value in load_file(folder / 'model.safetensors').items():
         statistics = key.endswith(('running_mean', 'running_var'))
@@ -672,7 +676,7 @@ def test_an_invalid_caffe_file_is_reported_in_one_line_and_leaves_no_files(tiny,
 
 def test_the_model_that_the_weights_look_like_is_named(tiny, run, caffemodel, checkpoint, tmp_path):
     code, err = run(caffemodel, 'sknet50')
-    assert code == 2 and 'not for sknet50' in err and 'It looks like sknet26: use --arch sknet26.' in err
+    assert code == 2 and 'do not match sknet50' in err and 'It looks like sknet26: use --arch sknet26.' in err
     save_file(trained('sk_shufflenetv2_x0_5').state_dict(), tmp_path / 'own.safetensors')
     code, err = run(tmp_path / 'own.safetensors', 'sk_shufflenetv2_x1_0')
     assert code == 2 and 'It looks like sk_shufflenetv2_x0_5: use --arch sk_shufflenetv2_x0_5.' in err

@@ -44,7 +44,7 @@ def draw(
     try:
         from timm_sknet.attention.figures import FORMATS, MOST_IMAGES, draw_classes, draw_images
     except ImportError as e:
-        raise ImportError("Figures need matplotlib. Run pip install 'timm-sknet[plot]'.") from e
+        raise ImportError('Figures need matplotlib. Install it with: pip install matplotlib') from e
 
     for option, path, endings in ('--out', out, FORMATS), ('--csv', csv, ('.csv',)):
         if path and path.suffix.lower() not in endings:

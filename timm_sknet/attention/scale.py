@@ -35,7 +35,7 @@ class ScaleResult:
         files: The images.
         classes: The class of each image: the name of its folder.
         scales: The factors by which the images were enlarged.
-        units: The units by name. Their own statistics are over all scales.
+        units: The units by name. Their `mean` and `std` are over all images at all scales.
         difference: `Unit.difference`, mean over channels, (N, S, U).
         extent: `Unit.extent`, mean over channels, (N, S, U).
         profile: For each unit, `Unit.difference` of each channel, mean over images, (S, C).

@@ -15,7 +15,7 @@ from torch import Tensor
 
 MOST_LAYERS = 10_000  # limits the memory: a layer can take 12 bytes in the file and 1,200 in memory
 BLOBS = 'weight', 'bias', 'running_mean', 'running_var'  # in Caffe's order; only CuDNNBatchNorm has the last two
-CORRUPTED_OR_OTHER = 'the file is corrupted, or not a file of an SKNet'
+CORRUPTED_OR_OTHER = 'the file is corrupted, or does not contain SKNet weights'
 
 
 def read_caffemodel(path: Path, largest: int) -> Dict[str, Tensor]:

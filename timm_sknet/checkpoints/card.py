@@ -118,7 +118,7 @@ def _escape(text: str) -> str:
 
 def _licence(licence: Optional[str], claimed: bool) -> str:
     if claimed:
-        return f'{licence}, claimed by the person who converted the weights (`--license`), not verified'
+        return f'{licence}, stated by the person who converted the weights (`--license`), not verified'
     return f'{licence}, stated by the source' if licence else 'no licence stated'
 
 

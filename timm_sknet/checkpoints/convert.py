@@ -13,7 +13,7 @@ from torch import Tensor
 from timm_sknet.checkpoints.card import UNSTATED, model_card
 from timm_sknet.checkpoints.folder import check_target, one_line, write
 from timm_sknet.checkpoints.reading import DESCRIPTION, Source, read, to_state_dict
-from timm_sknet.predict import label_names as ordered_names
+from timm_sknet.labels import label_names as ordered_names
 from timm_sknet.sknets import default_cfgs, model_cfgs
 
 STATISTICS = 'running_mean', 'running_var', 'num_batches_tracked'

@@ -23,7 +23,8 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from timm_sknet.checkpoints.caffe import CORRUPTED_OR_OTHER, read_caffemodel
-from timm_sknet.keys import PYTORCH_KEY_PART, TIMM_KEY_PART, detect_origin, is_folded, native_keys, rename_blobs
+from timm_sknet.folding import is_folded
+from timm_sknet.keys import PYTORCH_KEY_PART, TIMM_KEY_PART, detect_origin, native_keys, rename_blobs
 from timm_sknet.network import SKNet, SKNetCfg
 from timm_sknet.sknets import CAFFE_INPUT, default_cfgs, model_cfgs
 from timm_sknet.sknets import weights as known_weights
@@ -153,7 +154,7 @@ def to_state_dict(source: Source, arch: str) -> Tuple[Dict[str, Tensor], Dict[st
     except ValueError as e:
         name = _matching_arch(source)
         hint = f' It looks like {name}: use --arch {name}.' if name else ''
-        raise ValueError(f'{source.what}, but not for {arch}: {e}{hint}') from e
+        raise ValueError(f'{source.what}. The weights do not match {arch}: {e}{hint}') from e
 
 
 def _matching_arch(source: Source) -> str:
