@@ -47,6 +47,14 @@ _NAMES = 'model.safetensors', 'pytorch_model.bin', 'pytorch_model.pth', 'model.p
 _ENDINGS = '.safetensors', '.pth', '.pth.tar', '.bin'
 
 
+def source_of(cfg: PretrainedCfg) -> str:
+    """Returns the source that timm loads the weights of a cfg from, by the name of its field or of its prefix."""
+    if cfg.source in ('hf-hub', 'local-dir'):
+        return cfg.source
+    fields = {'state_dict': cfg.state_dict, 'file': cfg.file, 'hf-hub': cfg.hf_hub_id}
+    return next((name for name, value in fields.items() if value), 'url')
+
+
 class PretrainedWeights:
     """Reads the pretrained weights that a cfg points to, and checks them against a network.
 
@@ -61,14 +69,13 @@ class PretrainedWeights:
 
     def __init__(self, cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = None):
         self.cfg = cfg
-        self.on_hub = cfg.source == 'hf-hub' or not (cfg.source or cfg.state_dict or cfg.file)
-        self.where = f'{cfg.hf_hub_id} on the Hub'
-        if not self.on_hub:
-            given = cfg.state_dict if cfg.source != 'local-dir' else None
-            self.where = 'state_dict' if given else str(cfg.file)
-            if given:
-                self.state: Mapping[str, Tensor] = given
-                return
+        source = source_of(cfg)
+        self.on_hub = source == 'hf-hub'
+        self.where = f'{cfg.hf_hub_id} on the Hub' if self.on_hub else str(cfg.file)
+        if source == 'state_dict':
+            self.where = source
+            self.state: Mapping[str, Tensor] = cfg.state_dict or {}
+            return
         try:
             file = _download(cfg, cache_dir) if self.on_hub else _find(Path(self.where))
         except Exception as e:

@@ -10,7 +10,7 @@ from typing import Any, Dict, NamedTuple, Optional
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
-from timm_sknet.loading import PretrainedWeights
+from timm_sknet.loading import PretrainedWeights, source_of
 from timm_sknet.network import SKNet, SKNetCfg
 
 _SHUFFLENET = SKNetCfg(
@@ -269,7 +269,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
         )
     model_cfg = model_cfgs[variant]
     levels = model_cfg.override(**{k: v for k, v in kwargs.items() if hasattr(model_cfg, k)}).levels
-    by_url = cfg.url and not (cfg.source or cfg.state_dict or cfg.file or cfg.hf_hub_id)
+    by_url = source_of(cfg) == 'url'  # timm loads these itself
     read = PretrainedWeights(cfg, kwargs.get('cache_dir')) if pretrained and not by_url else None
     if read:  # timm copies the cfg, so a placeholder stands for the weights in it
         placeholder = replace(cfg, source=None, state_dict={'weights': None})
