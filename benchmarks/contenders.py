@@ -22,9 +22,10 @@ class AttentionFree(SelectiveKernelConv):
     """V = U_1 + ... + U_M: an upper limit for the speed of an SK convolution with these branches."""
 
     def forward(self, x: Tensor) -> Tensor:
-        V = self.branches[0](x)
-        for branch in self.branches[1:]:
-            V = V + branch(x)
+        parts = x.chunk(len(self.branches), dim=1) if self.split_input else [x] * len(self.branches)
+        V = self.branches[0](parts[0])
+        for branch, part in zip(self.branches[1:], parts[1:]):
+            V = V + branch(part)
         return V
 
 
@@ -58,7 +59,7 @@ def without_selection(name: str) -> nn.Module:
 def timm_sk(name: str) -> nn.Module:
     """Returns timm's own SK network of the same depth with our weights."""
     model = ours(name)
-    theirs = timm.create_model('skresnext50_32x4d', layers=tuple(len(stage) for stage in model.stages))
+    theirs = timm.create_model(TIMM_SK[name], layers=tuple(len(stage) for stage in model.stages))
     state = model.state_dict()
     names = native_keys({key: key for key in theirs.state_dict()})  # timm's keys by our keys
     theirs.load_state_dict({their_key: state[our_key] for our_key, their_key in names.items()})
@@ -94,6 +95,12 @@ def folded(model: nn.Module) -> nn.Module:
 
 MEMORY_EFFICIENT = 'timm_sknet memory-efficient'  # differs from timm_sknet only in training
 RESNEXT = {'sknet50': 'resnext50_32x4d', 'sknet101': 'resnext101_32x4d'}
+TIMM_SK = {
+    'sknet50': 'skresnext50_32x4d',
+    'sknet101': 'skresnext50_32x4d',
+    'sk_resnet18_timm': 'skresnet18',
+    'sk_resnet34_timm': 'skresnet34',
+}
 Contender = Callable[[], nn.Module]
 
 
@@ -102,9 +109,10 @@ def contenders(name: str) -> Dict[str, Contender]:
     found: Dict[str, Contender] = {'timm_sknet': partial(ours, name), 'attention-free': partial(attention_free, name)}
     if name in RESNEXT:
         found['timm ResNeXt'] = partial(timm.create_model, RESNEXT[name])
-        found['timm SK'] = partial(timm_sk, name)
     else:
         found['without selection'] = partial(without_selection, name)
+    if name in TIMM_SK:
+        found['timm SK'] = partial(timm_sk, name)
     found[MEMORY_EFFICIENT] = partial(ours, name, memory_efficient=True)
     for package, peer in ('pytorchcv', pytorchcv_sk), ('holocron', pylocron_sk):
         if name == 'sknet50' and importlib.util.find_spec(package):

@@ -30,6 +30,7 @@ for batch in 8 1; do
     speed --case openvino --layout NCHW --batch $batch
 done
 speed --model sknet101
+speed --model sk_resnet18_timm
 speed --model sk_shufflenetv2_x1_0
 speed --model sknet29_16x32d --size 32
 "$python" memory.py "${out[@]}"

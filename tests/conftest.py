@@ -9,11 +9,9 @@ from torch import nn
 TIMM_REPO = 'timm/skresnext50_32x4d.ra_in1k'
 
 
-@pytest.fixture(scope='session')
-def theirs():
-    """timm's own SKNet-50, with weights and statistics far from their initial values. Tests must not change it."""
+def trained(model):
+    """Sets the batch norms of a model to random values far from their initial ones; returns it in eval mode."""
     torch.manual_seed(0)
-    model = timm.create_model('skresnext50_32x4d')
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean.normal_(std=0.1)
@@ -21,6 +19,13 @@ def theirs():
             nn.init.uniform_(m.weight, 0.5, 1.5)
             nn.init.normal_(m.bias, std=0.1)
     return model.eval()
+
+
+@pytest.fixture(scope='session')
+def theirs():
+    """timm's own SKNet-50, with weights and statistics far from their initial values. Tests must not change it."""
+    torch.manual_seed(0)
+    return trained(timm.create_model('skresnext50_32x4d'))
 
 
 @pytest.fixture(scope='session')

@@ -57,7 +57,7 @@ HEALTHY = Fault()
 def etag(path: Path, mtime: int) -> str:
     """Returns the Hub's ETag of a file: its sha256 if it is large and so in LFS, else its git hash."""
     data = path.read_bytes()
-    if path.suffix in ('.safetensors', '.bin'):
+    if path.suffix in ('.safetensors', '.bin', '.pth'):
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
 

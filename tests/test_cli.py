@@ -358,7 +358,9 @@ def test_version_and_help(capsys):
 def test_the_table_of_models_is_printed(capsys):
     code, out, _ = run(capsys, 'models')
     assert code == 0
-    figures = r'^sknet50 +27,479,784 +4.463 +224x224 +79.21 +ra_in1k +the Hub +apache-2.0 +80.168'
+    figures = (
+        r'^sknet50\.ra_in1k +27,479,784 +4.463 +224x224 +80.168 +apache-2.0 +https://huggingface.co/timm/skresnext50'
+    )
     assert re.search(figures, out, re.MULTILINE)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from models import MODELS
 from safetensors.torch import save_file
 from timm.utils import reparameterize_model
 from torch import nn
@@ -11,10 +12,9 @@ from timm_sknet import SelectiveKernelConv
 from timm_sknet.cli import main
 from timm_sknet.folding import Folded
 from timm_sknet.layers import ConvNormAct, SelectiveKernelAttn
-from timm_sknet.sknets import model_cfgs
 
 VARIANTS = {
-    **{name: (name, {}) for name in model_cfgs if '101' not in name},  # the same units as in the smaller ones
+    **{name: (name, {}) for name in MODELS if '101' not in name},  # the same units as in the smaller ones
     'without selection': ('sknet12', dict(branches=[[3, 1, 1]])),
     'three branches': ('sknet12', dict(branches=[[1, 1, 1], [3, 1, 1], [5, 1, 1]])),
     'another activation': ('sknet12', dict(act_layer='silu')),

@@ -56,10 +56,11 @@ def norm(x, bn, training):
 
 
 def equations(layer, x, branches, stride, dilation, training):
-    """Reference: equations 1 to 6 of the paper."""
+    """Reference: equations 1 to 6 of the paper. With `split_input`, each branch gets a part of x."""
     U = []
-    for branch, (_, D, G) in zip(layer.branches, branches):
-        u = conv(x, branch.conv.weight, stride, D * dilation, G or x.shape[1])
+    parts = x.split(x.shape[1] // len(branches), 1) if layer.split_input else [x] * len(branches)
+    for branch, part, (_, D, G) in zip(layer.branches, parts, branches):
+        u = conv(part, branch.conv.weight, stride, D * dilation, G or part.shape[1])
         U.append(norm(u, branch.bn, training).clamp(min=0))
     if len(U) == 1:
         return U[0], None
@@ -74,10 +75,13 @@ def equations(layer, x, branches, stride, dilation, training):
 
 @pytest.mark.parametrize('stride, dilation', [(1, 1), (2, 1), (1, 2), (2, 3)])
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+@pytest.mark.parametrize('split_input', [False, True], ids=['', 'split_input'])
 @pytest.mark.parametrize('branches', BRANCHES.values(), ids=BRANCHES)
-def test_layer_follows_the_equations(branches, training, stride, dilation):
-    layer = randomize(SelectiveKernelConv(8, 16, branches, stride=stride, dilation=dilation, r=2, L=4)).double()
-    x = torch.randn(3, 8, 9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def test_layer_follows_the_equations(branches, split_input, training, stride, dilation):
+    channels = 8 * len(branches) if split_input else 8
+    settings = dict(stride=stride, dilation=dilation, r=2, L=4, split_input=split_input)
+    layer = randomize(SelectiveKernelConv(channels, 16, branches, **settings)).double()
+    x = torch.randn(3, channels, 9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected, a = equations(layer, x, branches, stride, dilation, training)
     attention = []
     if a is not None:
@@ -247,9 +251,11 @@ def test_batch_check_survives_symbolic_tracing_in_training():
 
 
 @pytest.mark.parametrize('branches', [BRANCHES['M=1'], BRANCHES['M=2, paper'], BRANCHES['M=3']], ids='M={}'.format)
-def test_script_trace_and_export_agree_with_eager(branches):
-    layer = randomize(SelectiveKernelConv(16, branches=branches)).eval()
-    x = torch.randn(2, 16, 8, 8)
+@pytest.mark.parametrize('split_input', [False, True], ids=['', 'split_input'])
+def test_script_trace_and_export_agree_with_eager(branches, split_input):
+    channels = 4 * len(branches) if split_input else 16
+    layer = randomize(SelectiveKernelConv(channels, 16, branches=branches, split_input=split_input)).eval()
+    x = torch.randn(2, channels, 8, 8)
     expected = layer(x)
     batch = torch.export.Dim('batch', min=1)
     forms = dict(

@@ -1,5 +1,6 @@
 """Every registered model: size, arguments, state-dict keys, and the interfaces of timm."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from models import MODELS
+from timm.layers import create_pool2d
 from timm.models import get_pretrained_cfg
 from timm.optim import param_groups_weight_decay
 from torch import nn
@@ -28,12 +31,22 @@ SIZES = {  # parameters, GMACs of convolutions and linears (computed from the pa
     'sk_shufflenetv2_x1_0': (2_543_040, 0.1493),
     'sk_resnet50': (26_154_496, 4.147),
     'sk_resnet101': (45_678_112, 7.921),
+    'sk_resnet18_timm': (11_958_056, 1.814),
+    'sk_resnet34_timm': (22_282_376, 3.664),
+    # Google's graph of SimCLRv2
+    'sk_resnet50x1_simclr': (37_264_584, 6.18),
+    'sk_resnet50x2_simclr': (144_403_048, 24.69),
+    'sk_resnet101x1_simclr': (66_711_304, 11.86),
+    'sk_resnet101x2_simclr': (261_229_224, 47.40),
+    'sk_resnet152x1_simclr': (90_989_896, 17.53),
+    'sk_resnet152x2_simclr': (357_495_528, 70.11),
+    'sk_resnet152x3_simclr': (800_849_160, 157.73),
 }
 CIFAR = ['sknet12', 'sknet29_16x32d']
-SHUFFLE = [name for name in model_cfgs if 'shuffle' in name]
 TEN_CLASSES = [*CIFAR, 'sknet14']
-IMAGENET = [name for name in model_cfgs if name not in TEN_CLASSES]
-ONE_OF_EACH = ['sknet12', 'sk_shufflenetv2_x0_5', 'sknet26']  # one model for each kind of unit
+IMAGENET = [name for name in MODELS if name not in TEN_CLASSES]
+# One model for each kind of unit, and one with the stem and shortcuts of SimCLRv2.
+ONE_OF_EACH = ['sknet12', 'sk_shufflenetv2_x0_5', 'sknet26', 'sk_resnet50x1_simclr']
 
 
 def meta(name, **kwargs):
@@ -82,7 +95,8 @@ def test_the_caffe_networks_are_those_of_the_authors_files():
 
 
 def test_all_tags_of_a_model_have_the_same_network():
-    for name, cfgs in default_cfgs.items():
+    for name in MODELS:
+        cfgs = default_cfgs[name]
         shapes = [{key: value.shape for key, value in meta(f'{name}.{tag}').state_dict().items()} for tag in cfgs.tags]
         assert all(found == shapes[0] for found in shapes)
         assert len({str(meta(f'{name}.{tag}').pool) for tag in cfgs.tags}) == 1
@@ -93,6 +107,10 @@ def test_stem_pools():
     pad, ceil = (timm.create_model('sknet26', stem_pool=kind).pool for kind in ('pad', 'ceil'))
     assert pad(x).flatten().tolist() == [7, 9, 11, 19, 21, 23, 31, 33, 35]
     assert ceil(x).flatten().tolist() == [14, 16, 17, 26, 28, 29, 32, 34, 35]
+    same, timms = timm.create_model('sknet26', stem_pool='same').pool, create_pool2d('max', 3, 2, padding='same')
+    for height, width in itertools.product(range(1, 8), repeat=2):
+        x = torch.randn(1, 2, height, width)
+        assert torch.equal(same(x), timms(x))
     assert isinstance(meta('sknet26', stem_pool='').pool, nn.Identity)
 
 
@@ -124,7 +142,7 @@ def test_custom_norm_keeps_its_momentum():
     assert momenta(norm_layer='batchnorm2d', bn_momentum=0.2) == {(0.2, 1e-5)}
 
 
-@pytest.mark.parametrize('name', model_cfgs)
+@pytest.mark.parametrize('name', MODELS)
 def test_batch_norm_momentum_is_the_authors(name):
     momentum = 0.1 if name.startswith('sk_resnet') else 0.05
     assert {m.momentum for m in meta(name).modules() if isinstance(m, nn.BatchNorm2d)} == {momentum}
@@ -145,6 +163,7 @@ def test_initialisation_is_the_authors():
         assert module.weight.std().item() == pytest.approx(std, rel=0.03)
     assert not model.head.fc.bias.any()
     assert all(m.weight.eq(1).all() and not m.bias.any() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert model.stem.conv.weight.std().item() == pytest.approx((2 / 147) ** 0.5, rel=0.03)
     by_fan_out = timm.create_model('sk_resnet50').stages[3][1].conv1.conv.weight
     assert by_fan_out.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.03)
 
@@ -163,14 +182,14 @@ def test_weight_decay_spares_batch_norm(name):
 
 
 def test_zero_init_last_makes_units_identities():
-    for name in 'sknet26', 'sknet12':
-        model = timm.create_model(name, zero_init_last=True).eval()
+    for name in 'sknet26', 'sknet12', 'sk_resnet50x1_simclr':  # the last one by default, as Google's code
+        model = timm.create_model(name, **{} if 'simclr' in name else {'zero_init_last': True}).eval()
         x = torch.rand(1, model.feature_info[0]['num_chs'] if name == 'sknet12' else 256, 4, 4)
         unit = model.stages[0][-1]
         torch.testing.assert_close(unit(x), x)
 
 
-@pytest.mark.parametrize('name', model_cfgs)
+@pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('argument', ['drop_block_rate', 'drop_blok', 'img_size'])
 def test_unknown_arguments_are_refused(name, argument):
     with pytest.raises(TypeError, match=argument):
@@ -184,9 +203,15 @@ def test_unknown_arguments_are_refused(name, argument):
         ('sknet29_16x32d', dict(output_stride=8), r'output_stride must be one of \[1, 2, 4\].*8'),
         ('sk_shufflenetv2_x1_0', dict(drop_path_rate=0.1), 'no residual.*drop_path_rate=0.1'),
         ('sk_shufflenetv2_x1_0', dict(zero_init_last=True), 'no residual.*zero_init_last=True'),
-        ('sknet50', dict(stem_pool='same'), "stem_pool must be one of.*'ceil'.*'same'"),
+        ('sknet50', dict(stem_pool='valid'), "stem_pool must be one of.*'ceil', 'same'.*'valid'"),
         ('sknet50', dict(unit='bottle'), "unit must be one of.*'bottleneck'.*'bottle'"),
-        ('sknet50', dict(init='xavier'), "init must be one of.*'caffe', 'pytorch'.*'xavier'"),
+        ('sknet50', dict(init='xavier'), "init must be one of.*'caffe', 'pytorch', 'tensorflow'.*'xavier'"),
+        ('sk_shufflenetv2_x1_0', dict(shortcut_pool=True), 'Shuffle units.*shortcut_pool=True'),
+        (
+            'sk_resnet18_timm',
+            dict(branches=[[3, 1, 1]] * 3),
+            'split_input needs input channels that 3 branches divide, got 64',
+        ),
         (
             'sknet50',
             dict(norm_layer='groupnorm1', bn_eps=0.1),
@@ -231,8 +256,9 @@ def test_output_stride_agrees_with_timm():
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', model_cfgs)
-def test_dilated_features_contain_those_of_the_plain_network(name):
+@pytest.mark.parametrize('size', [64, 85])
+@pytest.mark.parametrize('name', MODELS)
+def test_dilated_features_contain_those_of_the_plain_network(name, size):
     """With one branch only, because attention pools over the whole map, including the features between."""
     cfg = model_cfgs[name]
     stages = range(1, 1 + len(cfg.depths))
@@ -244,7 +270,7 @@ def test_dilated_features_contain_those_of_the_plain_network(name):
     for m in plain.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.running_var.uniform_(0.5, 1.5)
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = plain.forward_features(images)
     reductions = [info['reduction'] for info in plain.feature_info if info['module'].startswith('stages')]
     for output_stride in reductions:
@@ -263,7 +289,7 @@ def test_dilation_multiplies_each_branchs_own():
     assert dilations[14:] == [[4, 8]] * 2
 
 
-@pytest.mark.parametrize('name', model_cfgs)
+@pytest.mark.parametrize('name', MODELS)
 def test_features_only(name):
     model = meta(name, features_only=True)
     if name in CIFAR:
@@ -325,7 +351,7 @@ def test_checkpointing_changes_nothing(name):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize('name', model_cfgs)
+@pytest.mark.parametrize('name', MODELS)
 def test_layer_decay_groups_reach_every_parameter(name):
     model = meta(name)
     for coarse in False, True:
@@ -347,7 +373,7 @@ def test_cfgs_say_whose_weights_and_which_licence(name):
         assert len(cfg.label_names or ()) == (10 if name in TEN_CLASSES else 0)
 
 
-@pytest.mark.parametrize('name', [name for name in model_cfgs if not default_cfgs[name].is_pretrained])
+@pytest.mark.parametrize('name', [name for name in MODELS if not default_cfgs[name].is_pretrained])
 def test_models_without_weights_name_models_with_weights(name):
     with pytest.raises(ValueError, match=f'no public weights of {name}.*sknet50.ra_in1k, sknet12.cifar10'):
         meta(name, pretrained=True)
@@ -368,4 +394,4 @@ def test_state_dict_keys_are_stable(name):
     """Checkpoints of users rely on the keys in keys.json: a changed key needs a renaming in `native_keys`."""
     promised = json.loads((Path(__file__).parent / 'keys.json').read_text())
     found = sorted({re.sub(r'(?<=\.)\d+', '*', key) for key in meta(name).state_dict()})
-    assert found == promised[model_cfgs[name].unit]
+    assert found == promised['simclr' if name.endswith('_simclr') else model_cfgs[name].unit]

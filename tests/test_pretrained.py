@@ -12,7 +12,7 @@ import pytest
 import pytorch_reference
 import timm
 import torch
-from conftest import TIMM_REPO
+from conftest import TIMM_REPO, trained
 from hub import hub
 from safetensors.torch import load_file, save_file
 from timm.models import PretrainedCfg
@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from timm_sknet.keys import native_keys
+from timm_sknet.keys import TIMM, detect_origin, native_keys
 from timm_sknet.loading import PretrainedWeights
 from timm_sknet.sknets import default_cfgs
 
@@ -40,6 +40,16 @@ def test_timms_weights_give_timms_logits(theirs, images):
     ours = timm.create_model('sknet50').eval()
     ours.load_state_dict(theirs.state_dict())
     assert distance(ours(images), theirs(images)) < 1e-5
+
+
+@pytest.mark.parametrize('name, timms', [('sk_resnet18_timm', 'skresnet18'), ('sk_resnet34_timm', 'skresnet34')])
+@torch.no_grad()
+def test_timms_small_weights_give_timms_logits(name, timms, images):
+    theirs, ours = trained(timm.create_model(timms)), timm.create_model(name).eval()
+    ours.load_state_dict(theirs.state_dict())
+    for x in images, images[..., :57, :]:
+        assert distance(ours(x), theirs(x)) < 1e-5
+        assert distance(reparameterize_model(ours)(x), theirs(x)) < 1e-5
 
 
 @torch.no_grad()
@@ -74,6 +84,16 @@ def test_timms_file_as_a_checkpoint(theirs, repo, images):
         assert distance(ours(images), theirs(images)) < 1e-5
 
 
+@pytest.mark.parametrize('name', ['skresnet50', 'skresnet50d', 'resnet18'])
+def test_keys_are_renamed_only_if_all_of_them_are_known(theirs, name):
+    """The keys of skresnet50 are those of skresnext50_32x4d; its shapes differ."""
+    state = timm.create_model(name, device='meta').state_dict()
+    assert (detect_origin(state) == TIMM) == (name == 'skresnet50')
+    assert (native_keys(state) is state) == (name != 'skresnet50')
+    state = {**theirs.state_dict(), 'more.weight': torch.zeros(1)}
+    assert native_keys(state) is state
+
+
 def test_keys_of_another_network_are_refused(theirs):
     with pytest.raises(RuntimeError, match='Missing key'):
         timm.create_model('sknet26').load_state_dict(timm.create_model('resnet18').state_dict())
@@ -99,6 +119,25 @@ def test_embedded_weights_load_as_float32_and_adapt():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert timm.create_model('sknet12.cifar10', pretrained=True, num_classes=3, in_chans=1).num_classes == 3
     assert len(timm.create_model('sknet12', pretrained=True, features_only=True)(torch.zeros(2, 3, 32, 32))) == 3
+
+
+@pytest.mark.parametrize('channels', [1, 2, 4, 6, 13])
+@pytest.mark.parametrize('form', ['file', 'features', 'classifier', 'float64'])
+def test_weights_for_any_number_of_channels_load_exactly(channels, form, tmp_path):
+    """timm 1.0.22 removes a first convolution with 2 or more than 3 channels after its filter has returned it."""
+    kwargs = dict(in_chans=channels) | (dict(dtype=torch.float64) if form == 'float64' else {})
+    source = timm.create_model('sknet12', **kwargs)
+    save_file(source.state_dict(), tmp_path / 'own.safetensors')
+    overlay = dict(file=str(tmp_path / 'own.safetensors'), input_size=(channels, 32, 32))
+    kwargs |= {'features': dict(features_only=True), 'classifier': dict(num_classes=3)}.get(form, {})
+    model = timm.create_model('sknet12', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    found, expected = dict(model.state_dict()), dict(source.state_dict())
+    if form == 'features':
+        expected = {key.replace('stages.', 'stages_', 1): value for key, value in expected.items()}
+    for key in {'features': found, 'classifier': {k for k in found if 'head' not in k}}.get(form, expected):
+        assert torch.equal(found[key], expected[key]), key
+    if form == 'classifier':
+        assert not torch.equal(found['head.fc.weight'], expected['head.fc.weight'][:3])
 
 
 def test_save_for_hf_keeps_the_network_of_a_caffe_name(tmp_path):
@@ -288,9 +327,17 @@ def test_checking_weights_takes_no_memory(tmp_path):
     assert sizes and max(sizes) <= 16
 
 
-def test_the_error_names_the_authors_file():
-    with pytest.raises(ValueError, match=r'no public weights of sk_resnet50 .*drive.google.com.*timm-sknet convert'):
-        timm.create_model('sk_resnet50', pretrained=True)
+@pytest.mark.parametrize(
+    'name, place',
+    [
+        ('sk_resnet50.authors_in1k', 'drive.google.com'),
+        ('sk_resnet50x1_simclr.ft_in1k', 'simclrv2/finetuned_100pct/r50_1x_sk1/model.ckpt-37535.index'),
+        ('sk_resnet152x3_simclr.sup_in1k', 'simclrv2/supervised/r152_3x_sk1/model.ckpt-28151.index'),
+    ],
+)
+def test_the_error_names_the_authors_file(name, place):
+    with pytest.raises(ValueError, match=f'no public weights of {name} .*{place}.*timm-sknet convert'):
+        timm.create_model(name, pretrained=True, device='meta')
 
 
 def test_the_authors_checkpoint_loads_directly(tmp_path):

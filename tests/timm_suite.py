@@ -4,13 +4,12 @@ timm selects the models of its tests by name, and for newer interfaces by module
 """
 
 import timm
-
-from timm_sknet.sknets import model_cfgs
+from models import MODELS
 
 
 def _ours(list_names):
     def narrowed(filter='', module='', **kwargs):
-        return [name for name in list_names(filter, **kwargs) if name.split('.')[0] in model_cfgs]
+        return [name for name in list_names(filter, **kwargs) if name.split('.')[0] in MODELS]
 
     return narrowed
 
@@ -21,7 +20,7 @@ timm.list_pretrained = _ours(timm.list_pretrained)
 
 def pytest_collection_modifyitems(config, items):
     """Deselects tests that timm wrote for single models."""
-    ours = [item for item in items if _model(item) in model_cfgs]
+    ours = [item for item in items if _model(item) in MODELS]
     config.hook.pytest_deselected(items=[item for item in items if item not in ours])
     items[:] = ours
 

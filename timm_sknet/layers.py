@@ -125,6 +125,7 @@ class SelectiveKernelConv(nn.Module):
         r: Reduction ratio of the attention; its width is d = max(C / r, L).
         L: Minimum attention width.
         attn_channels: Attention width d, used instead of r and L.
+        split_input: Branch i gets the i-th of M equal parts of the input channels, instead of all of them.
         act_layer: Activation of branches and attention, class or name.
         norm_layer: Normalisation of branches and attention, class or name.
         memory_efficient: In training, save one map of each branch for backward instead of two, and recompute the
@@ -144,6 +145,7 @@ class SelectiveKernelConv(nn.Module):
         r: float = 16,
         L: int = 32,
         attn_channels: Optional[int] = None,
+        split_input: bool = False,
         act_layer: LayerType = nn.ReLU,
         norm_layer: LayerType = nn.BatchNorm2d,
         memory_efficient: bool = False,
@@ -152,8 +154,15 @@ class SelectiveKernelConv(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        self.split_input = split_input
         self.memory_efficient = memory_efficient
         out_channels = in_channels if out_channels is None else out_channels
+        if split_input and in_channels % len(branches):
+            raise ValueError(
+                f'split_input needs input channels that {len(branches)} branches divide, got {in_channels}. Choose '
+                'another width or number of branches.'
+            )
+        in_channels //= len(branches) if split_input else 1
         branches = normalize_branches(branches, in_channels, out_channels)
         if attn_channels is None:
             if r <= 0:
@@ -192,7 +201,11 @@ class SelectiveKernelConv(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        U = [branch(x) for branch in self.branches]
+        if self.split_input:
+            parts = x.chunk(len(self.branches), dim=1)
+            U = [branch(parts[i]) for i, branch in enumerate(self.branches)]
+        else:
+            U = [branch(x) for branch in self.branches]
         if self.attn is None:
             return U[0]
         a = self.attn(fuse(U))

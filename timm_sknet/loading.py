@@ -141,13 +141,31 @@ def read(file: Path) -> Dict[str, Tensor]:
             'not a PyTorch checkpoint, or the file is corrupted or contains objects other than weights, which are not '
             'unpickled. Save the weights alone with torch.save(model.state_dict(), FILE)'
         ) from e
-    for key in 'state_dict_ema', 'model_ema', 'state_dict', 'model':
+    for key in 'state_dict_ema', 'model_ema', 'state_dict', 'model', 'resnet':  # 'resnet': SimCLRv2 on the Hub
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
             break
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError('the file does not contain a state dict')
     return clean_state_dict(found)
+
+
+def restore(model: nn.Module, state: Mapping[str, Tensor], except_classifier: bool) -> None:
+    """Makes the weights of a model equal to the checked ones.
+
+    After the check, older releases of timm remove the weights of a first convolution that has, for example, four input
+    channels, and leave the initial weights.
+
+    Args:
+        model: The network that timm has loaded.
+        state: The result of `PretrainedWeights.checked_state_dict`. A tensor is left out if its shape differs: timm
+            adapts the first convolution to the number of image channels.
+        except_classifier: Whether timm has replaced the classifier.
+    """
+    for key, own in model.state_dict().items():
+        exempt = own.is_meta or (except_classifier and key.startswith('head.fc.'))
+        if not exempt and key in state and own.shape == state[key].shape:
+            own.copy_(state[key])
 
 
 def _check(state: Mapping[str, Tensor], model: nn.Module, replaced: bool, strict: bool) -> None:

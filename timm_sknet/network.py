@@ -23,12 +23,15 @@ from timm.layers import (
     DropPath,
     calculate_drop_path_rates,
     create_act_layer,
+    lecun_normal_,
 )
 from timm.layers.typing import LayerType
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices  # timm has no public name for it
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
+from timm_sknet.folding import fold
 from timm_sknet.keys import prepare_state_dict
 from timm_sknet.layers import (
     PAPER_BRANCHES,
@@ -50,19 +53,23 @@ class SKNetCfg:
         widths: Output channels of each stage.
         strides: Stride of each stage's first unit.
         stem: Channels, kernel size and stride of the first convolution.
+        stem_widths: Channels of further 3x3 convolutions of stride 1 in the stem.
         stem_pool: 3x3 max pool of stride 2 after the stem: 'pad' (padding 1, as in PyTorch's ResNets), 'ceil' (no
-            padding, size rounded up, as in the authors' Caffe files) or '' for none.
+            padding, size rounded up, as in the authors' Caffe files), 'same' (TensorFlow's SAME padding) or '' for none.
         head_width: Channels of a last 1x1 convolution before the global pool, 0 for none.
         branches: Kernel size, dilation and groups (0: depthwise) of each branch of the SK convolutions.
         r: Reduction ratio of the attention.
         L: Minimum attention width.
         attn_widths: Attention width of each stage, used instead of r and L.
+        split_input: Each branch gets an equal part of the input channels, instead of all of them.
+        shortcut_pool: A 2x2 average pool before the projection in a shortcut; the projection then has stride 1.
         act_layer: Activation of the whole network, name or class.
         norm_layer: Normalisation of the whole network, name or class.
         bn_momentum: Momentum of batch norm layers, as torch defines it; None for the default of `norm_layer`.
         bn_eps: The eps of batch norm layers; None for the default of `norm_layer`.
         init: Initialisation: 'caffe' as in the authors' Caffe files (He by fan-in; attention and classifier from a
-            Gaussian with standard deviation 0.01) or 'pytorch' as in their PyTorch code (He by fan-out).
+            Gaussian with standard deviation 0.01), 'pytorch' as in their PyTorch code (He by fan-out) or 'tensorflow'
+            as in SimCLRv2 (truncated Gaussian of variance 1 / fan-in; classifier as in 'caffe').
     """
 
     unit: str = 'bottleneck'
@@ -71,17 +78,20 @@ class SKNetCfg:
     widths: Sequence[int] = (256, 512, 1024, 2048)
     strides: Sequence[int] = (1, 2, 2, 2)
     stem: Tuple[int, int, int] = (64, 7, 2)
+    stem_widths: Sequence[int] = ()
     stem_pool: str = 'pad'
     head_width: int = 0
     branches: Sequence[Branch] = PAPER_BRANCHES
     r: float = 16
     L: int = 32
     attn_widths: Optional[Sequence[int]] = None
+    split_input: bool = False
+    shortcut_pool: bool = False
     act_layer: LayerType = 'relu'
     norm_layer: LayerType = 'batchnorm2d'
     bn_momentum: Optional[float] = 0.05
     bn_eps: Optional[float] = 1e-5
-    init: Literal['caffe', 'pytorch'] = 'caffe'
+    init: Literal['caffe', 'pytorch', 'tensorflow'] = 'caffe'
 
     def __post_init__(self):
         stages = len(self.depths)
@@ -92,6 +102,8 @@ class SKNetCfg:
         for name, known in ('unit', UNITS), ('stem_pool', STEM_POOLS), ('init', INITS):
             if getattr(self, name) not in known:
                 raise ValueError(f'{name} must be one of {list(known)}, got {getattr(self, name)!r}.')
+        if self.shortcut_pool and self.unit == 'shuffle':
+            raise ValueError('Shuffle units have no projection in the shortcut, got shortcut_pool=True. Leave it out.')
 
     @property
     def levels(self) -> int:
@@ -114,10 +126,66 @@ class UnitSpec(NamedTuple):
     stride: int
     dilation: int  # of the layers after the strided one
     project: bool  # width or size changes, so the shortcut needs a projection
+    pool: Optional[nn.Module]  # before the projection, which then has stride 1
     drop_path: float
     conv: Callable[..., Any]
     sk: Callable[..., Any]
     act: Callable[[], nn.Module]
+
+
+class Stem(ConvNormAct):
+    """The first convolution, with norm and activation, and further 3x3 convolutions of stride 1."""
+
+    def __init__(self, in_chs: int, stem: Tuple[int, int, int], widths: Sequence[int], **layers: Any):
+        width, kernel, stride = stem
+        super().__init__(in_chs, width, kernel, stride=stride, **layers)
+        pairs = zip([width, *widths], widths)
+        self.more = nn.Sequential(*(ConvNormAct(before, after, 3, **layers) for before, after in pairs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.more(self.bn(self.conv(x)))
+
+    def reparameterize(self) -> None:
+        if type(self) is Stem:
+            self.conv, self.bn = fold(self.conv, self.bn)
+
+
+class MaxPoolSame(nn.Module):
+    """3x3 max pool of stride 2 with TensorFlow's SAME padding: on both sides of odd sizes, only behind even sizes.
+
+    torch.fx cannot trace timm's `MaxPool2dSame`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[2], x.shape[3]
+        return max_pool2d(pad(x, (w % 2, 1, h % 2, 1), value=-math.inf), 3, 2)
+
+
+class ShortcutPool(nn.Module):
+    """2x2 average pool before a projection (google-research/simclr, resnet.py).
+
+    A pool that reduces the resolution, or whose stride was replaced by a dilation, pads with zeros and counts them. Any
+    other pool averages over the map only, as TensorFlow's SAME padding does.
+
+    Args:
+        stride: Stride of the pool.
+        dilation: Distance of the four averaged values.
+        zeros: Whether the padding counts as zeros.
+    """
+
+    def __init__(self, stride: int, dilation: int, zeros: bool):
+        super().__init__()
+        padding = 0, dilation, 0, dilation  # on the right and at the bottom
+        self.pad = nn.ZeroPad2d(padding) if zeros else nn.ReplicationPad2d(padding)
+        self.stride = stride
+        self.dilation = dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, d = self.pad(x), self.dilation
+        if d == 1:
+            return avg_pool2d(x, 2, self.stride)
+        x = x[:, :, :-d] + x[:, :, d:]
+        return (x[:, :, :, :-d] + x[:, :, :, d:]) / 4
 
 
 class ResidualUnit(nn.Module):
@@ -127,7 +195,10 @@ class ResidualUnit(nn.Module):
         super().__init__()
         self.shortcut: nn.Module = nn.Identity()
         if spec.project:
-            self.shortcut = spec.conv(spec.in_chs, spec.out_chs, 1, stride=spec.stride, apply_act=False)
+            stride = spec.stride if spec.pool is None else 1
+            self.shortcut = spec.conv(spec.in_chs, spec.out_chs, 1, stride=stride, apply_act=False)
+            if spec.pool is not None:
+                self.shortcut = nn.Sequential(spec.pool, self.shortcut)
         self.drop_path = DropPath(spec.drop_path) if spec.drop_path else nn.Identity()
         self.act = spec.act()
 
@@ -221,10 +292,15 @@ UNITS = {'bottleneck': Bottleneck, 'basic': BasicBlock, 'shuffle': ShuffleUnit}
 STEM_POOLS: Dict[str, Callable[[], nn.Module]] = {
     'pad': partial(nn.MaxPool2d, 3, stride=2, padding=1),
     'ceil': partial(nn.MaxPool2d, 3, stride=2, padding=0, ceil_mode=True),
+    'same': MaxPoolSame,
     '': nn.Identity,
 }
-# The mode of He initialisation for each `SKNetCfg.init`.
-INITS: Dict[str, Literal['fan_in', 'fan_out']] = {'caffe': 'fan_in', 'pytorch': 'fan_out'}
+# The initialisation of convolutions for each `SKNetCfg.init`.
+INITS: Dict[str, Callable[[Tensor], Any]] = {
+    'caffe': partial(nn.init.kaiming_normal_, mode='fan_in', nonlinearity='relu'),
+    'pytorch': partial(nn.init.kaiming_normal_, mode='fan_out', nonlinearity='relu'),
+    'tensorflow': lecun_normal_,
+}
 
 
 class SKNet(nn.Module):
@@ -277,14 +353,19 @@ class SKNet(nn.Module):
         layers: Dict[str, Any] = dict(act_layer=cfg.act_layer, norm_layer=cfg.norm_layer, **dd)
         conv: Callable[..., nn.Module] = partial(ConvNormAct, **layers)
         sk = partial(
-            SelectiveKernelConv, branches=cfg.branches, r=cfg.r, L=cfg.L, memory_efficient=memory_efficient, **layers
+            SelectiveKernelConv,
+            branches=cfg.branches,
+            r=cfg.r,
+            L=cfg.L,
+            split_input=cfg.split_input,
+            memory_efficient=memory_efficient,
+            **layers,
         )
         act = partial(create_act_layer, cfg.act_layer, inplace=True)
 
-        width, kernel, stride = cfg.stem
-        self.stem = conv(in_chans, width, kernel, stride=stride)
+        self.stem = Stem(in_chans, cfg.stem, cfg.stem_widths, **layers)
         self.pool = STEM_POOLS[cfg.stem_pool]()
-        reduction = stride
+        width, reduction = [cfg.stem[0], *cfg.stem_widths][-1], cfg.stem[2]
         taps = [('stem', width, reduction)]
         if cfg.stem_pool:
             reduction *= 2
@@ -297,13 +378,16 @@ class SKNet(nn.Module):
         for i, depth in enumerate(cfg.depths):
             units = []
             for j in range(depth):
+                project = j == 0 and (cfg.strides[i] != 1 or width != cfg.widths[i])
+                pool = ShortcutPool(strides[i], dilation, cfg.strides[i] > 1) if cfg.shortcut_pool else None
                 spec = UnitSpec(
                     width,
                     cfg.mid_widths[i],
                     cfg.widths[i],
                     stride=strides[i] if j == 0 else 1,
                     dilation=dilations[i],
-                    project=j == 0 and (cfg.strides[i] != 1 or width != cfg.widths[i]),
+                    project=project,
+                    pool=pool,
                     drop_path=next(drop_rates),
                     conv=conv,
                     sk=partial(sk, dilation=dilation, attn_channels=cfg.attn_widths[i] if cfg.attn_widths else None),
@@ -342,18 +426,21 @@ class SKNet(nn.Module):
         self.register_load_state_dict_pre_hook(prepare_state_dict)
 
     @torch.jit.ignore
-    def _init_weights(self, init: Literal['caffe', 'pytorch'], zero_init_last: bool = False) -> None:
+    def _init_weights(self, init: str, zero_init_last: bool = False) -> None:
         """Initialises the weights as the authors do; see `SKNetCfg.init`."""
+        if next(self.parameters()).is_meta:  # nothing to initialise, and slow there
+            return
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode=INITS[init], nonlinearity='relu')
+                INITS[init](m.weight)
         if init == 'caffe':
-            attention = [m for m in self.modules() if isinstance(m, SelectiveKernelAttn)]
-            for m in [*(fc for attn in attention for fc in (attn.fc1, attn.fc2)), self.head.fc]:
-                if hasattr(m, 'weight'):
-                    nn.init.normal_(m.weight, std=0.01)
-            if getattr(self.head.fc, 'bias', None) is not None:
-                nn.init.zeros_(self.head.fc.bias)
+            for m in self.modules():
+                if isinstance(m, SelectiveKernelAttn):
+                    nn.init.normal_(m.fc1.weight, std=0.01)
+                    nn.init.normal_(m.fc2.weight, std=0.01)
+        if init != 'pytorch' and self.num_classes:
+            nn.init.normal_(self.head.fc.weight, std=0.01)
+            nn.init.zeros_(self.head.fc.bias)
         if zero_init_last:
             for m in self.modules():
                 if isinstance(m, ResidualUnit):

@@ -5,12 +5,12 @@ Each fact is written once, here. The command line, the table of models and the t
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
-from timm_sknet.loading import PretrainedWeights, source_of
+from timm_sknet.loading import PretrainedWeights, restore, source_of
 from timm_sknet.network import SKNet, SKNetCfg
 
 _SHUFFLENET = SKNetCfg(
@@ -30,6 +30,34 @@ _SK_RESNET = SKNetCfg(
     bn_momentum=0.1,
     init='pytorch',
 )
+_SK_RESNET_TIMM = SKNetCfg(
+    unit='basic',
+    depths=(2, 2, 2, 2),
+    mid_widths=(64, 128, 256, 512),
+    widths=(64, 128, 256, 512),
+    branches=((3, 1, 1), (3, 2, 1)),
+    r=8,
+    L=16,
+    split_input=True,
+    bn_momentum=0.1,
+    init='pytorch',
+)
+
+
+def _simclr(depth: int, width: int) -> SKNetCfg:
+    return SKNetCfg(
+        depths={50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}[depth],
+        mid_widths=tuple(width * n for n in (64, 128, 256, 512)),
+        widths=tuple(width * n for n in (256, 512, 1024, 2048)),
+        stem=(width * 32, 3, 2),
+        stem_widths=(width * 32, width * 64),
+        stem_pool='same',
+        shortcut_pool=True,
+        branches=((3, 1, 1), (3, 1, 1)),
+        bn_momentum=0.1,
+        init='tensorflow',
+    )
+
 
 model_cfgs = dict(
     sknet26=SKNetCfg(depths=(2, 2, 2, 2)),
@@ -75,10 +103,19 @@ model_cfgs = dict(
     sk_shufflenetv2_x1_0=replace(_SHUFFLENET, mid_widths=(58, 116, 232), widths=(116, 232, 464)),
     sk_resnet50=_SK_RESNET,
     sk_resnet101=replace(_SK_RESNET, depths=(3, 4, 23, 3)),
+    sk_resnet18_timm=_SK_RESNET_TIMM,
+    sk_resnet34_timm=replace(_SK_RESNET_TIMM, depths=(3, 4, 6, 3)),
+    sk_resnet50x1_simclr=_simclr(50, 1),
+    sk_resnet50x2_simclr=_simclr(50, 2),
+    sk_resnet101x1_simclr=_simclr(101, 1),
+    sk_resnet101x2_simclr=_simclr(101, 2),
+    sk_resnet152x1_simclr=_simclr(152, 1),
+    sk_resnet152x2_simclr=_simclr(152, 2),
+    sk_resnet152x3_simclr=_simclr(152, 3),
 )
 
 # Top-1 accuracy in % at the input size of the default cfg, from the paper (tables 2, 4, 5 and 7). The figures of
-# sk_resnet* are those that the paper's authors published with their PyTorch code.
+# sk_resnet50 and sk_resnet101 are those that the paper's authors published with their PyTorch code.
 paper_top1 = dict(
     sknet50=79.21,
     sknet101=79.81,
@@ -111,6 +148,14 @@ _IMAGENET = dict(
 # The authors' Caffe networks take pixels of 0 to 255 minus the mean. These values give the same for timm's pipeline,
 # whose images are in [0, 1]. Crop and interpolation are our choice: the authors do not state them.
 CAFFE_INPUT = _IMAGENET | dict(mean=(123 / 255, 117 / 255, 104 / 255), std=(1 / 255, 1 / 255, 1 / 255))
+_SIMCLR = _IMAGENET | dict(
+    interpolation='bicubic',
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    origin_url='https://github.com/google-research/simclr',
+    paper_ids='arXiv:2006.10029',
+    paper_name='Big Self-Supervised Models are Strong Semi-Supervised Learners',
+)
 _CIFAR10 = _IMAGENET | dict(
     num_classes=10,
     label_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
@@ -149,7 +194,7 @@ class Weights(NamedTuple):
         dataset: Training dataset, by its name on the Hub.
         published: Accuracy that was published with the weights.
         measured: Accuracy that we measured with timm's validate.py; the documentation shows the commands.
-        file_url: Address of the authors' file, for weights that must be converted first.
+        file_url: Address of a file of the authors, for weights that must be converted first.
     """
 
     cfg: Dict[str, Any]
@@ -188,6 +233,70 @@ def _authors(model: str, url: str, cfg: Dict[str, Any] = _IMAGENET) -> Weights:
     )
 
 
+def _timm(name: str, description: str, published: float) -> Weights:
+    repository = f'timm/{name}.ra_in1k'
+    return Weights(
+        _IMAGENET
+        | dict(
+            hf_hub_id=repository,
+            hf_hub_filename='model.safetensors',
+            interpolation='bicubic',
+            license='apache-2.0',
+            origin_url='https://github.com/huggingface/pytorch-image-models',
+            description=f"{description}, trained on ImageNet-1k with RandAugment as timm's {name}.",
+            notes=(f'Weights by Ross Wightman, Apache-2.0, downloaded from {repository} and renamed.',),
+        ),
+        dataset='imagenet-1k',
+        published=published,  # timm's results table
+    )
+
+
+def _simclr_weights() -> Dict[str, Weights]:
+    """Returns all weights of SimCLRv2's networks; accuracies from its paper, table 1."""
+    accuracies = {  # linear, fine-tuned on all labels, supervised
+        (50, 1): (74.6, 78.7, 78.5),
+        (50, 2): (77.7, 81.3, 79.3),
+        (101, 1): (76.3, 80.6, 79.6),
+        (101, 2): (79.0, 82.4, 80.1),
+        (152, 1): (77.2, 81.3, 79.9),
+        (152, 2): (79.4, 82.9, 80.4),
+        (152, 3): (79.8, 83.1, 80.5),
+    }
+    found = {}
+    for (depth, width), (linear, fine_tuned, supervised) in accuracies.items():
+        name, theirs = f'sk_resnet{depth}x{width}_simclr', f'r{depth}_{width}x_sk1'
+        repository = f'lightly-ai/simclrv2-imagenet1k-{theirs}'
+        found[f'{name}.linear_in1k'] = Weights(
+            _SIMCLR
+            | dict(
+                hf_hub_id=repository,
+                hf_hub_filename=f'{theirs}.pth',
+                license='apache-2.0',
+                description='SK-ResNet of SimCLRv2, pretrained on ImageNet-1k without labels. Only the classifier is '
+                'trained with labels.',
+                notes=(f'Weights by Google, Apache-2.0, downloaded as converted by Lightly ({repository}).',),
+            ),
+            dataset='imagenet-1k',
+            published=linear,
+        )
+        for tag, step, kind, how, published in (
+            ('ft_in1k', 37535, 'finetuned_100pct', 'pretrained without labels, then fine-tuned', fine_tuned),
+            ('sup_in1k', 28151, 'supervised', 'trained with labels from the start', supervised),
+        ):
+            found[f'{name}.{tag}'] = Weights(
+                _SIMCLR
+                | dict(
+                    description=f'SK-ResNet of SimCLRv2, {how} on ImageNet-1k.',
+                    notes=('Weights by Google, in a TensorFlow checkpoint. Its repository is Apache-2.0.',),
+                ),
+                dataset='imagenet-1k',
+                published=published,
+                file_url='https://storage.googleapis.com/simclr-checkpoints/simclrv2/'
+                f'{kind}/{theirs}/model.ckpt-{step}.index',
+            )
+    return found
+
+
 def _shipped(name: str, description: str, cfg: Dict[str, Any], dataset: str, measured: float) -> Weights:
     return Weights(
         cfg
@@ -209,22 +318,7 @@ _DRIVE = 'https://drive.google.com/file/d/'
 # entry with their `hf_hub_id`. The registry, `timm-sknet models` and the model cards use this table.
 weights = {
     'sknet26.untrained': _untrained('SKNet-26 of the paper.'),
-    'sknet50.ra_in1k': Weights(
-        _IMAGENET
-        | dict(
-            hf_hub_id='timm/skresnext50_32x4d.ra_in1k',
-            hf_hub_filename='model.safetensors',
-            interpolation='bicubic',
-            license='apache-2.0',
-            origin_url='https://github.com/huggingface/pytorch-image-models',
-            description="SKNet-50, trained on ImageNet-1k with RandAugment as timm's skresnext50_32x4d.",
-            notes=(
-                'Weights by Ross Wightman, Apache-2.0, downloaded from timm/skresnext50_32x4d.ra_in1k and renamed.',
-            ),
-        ),
-        dataset='imagenet-1k',
-        published=80.168,  # timm's results table
-    ),
+    'sknet50.ra_in1k': _timm('skresnext50_32x4d', 'SKNet-50', 80.168),
     'sknet101.untrained': _untrained('SKNet-101 of the paper.'),
     'sknet50_m3.untrained': _untrained('SKNet-50 of the paper with a third branch of dilation 3.'),
     'sknet50_caffe.authors_in1k': _authors('sknet50_caffe', _DRIVE + '1EKanqFkqoU3L6vgSLW3GjPciesZ2rrUH', CAFFE_INPUT),
@@ -250,6 +344,9 @@ weights = {
     'sk_shufflenetv2_x1_0.untrained': _untrained('ShuffleNetV2 1.0x with SK convolutions; details are our choice.'),
     'sk_resnet50.authors_in1k': _authors('sk_resnet50', _DRIVE + '1DGYWPeKc7dyJ9i-zPJcPPa2engExPOnJ'),
     'sk_resnet101.authors_in1k': _authors('sk_resnet101', _DRIVE + '1WB7HXx-cvUIxFRe-M61XZIzUN0a3nsbF'),
+    'sk_resnet18_timm.ra_in1k': _timm('skresnet18', 'ResNet-18 with SK convolutions', 73.038),
+    'sk_resnet34_timm.ra_in1k': _timm('skresnet34', 'ResNet-34 with SK convolutions', 76.910),
+    **_simclr_weights(),
 }
 default_cfgs = generate_default_cfgs({name: entry.cfg for name, entry in weights.items()})
 
@@ -261,11 +358,12 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
     cfg = resolve_pretrained_cfg(variant, named, kwargs.get('pretrained_cfg_overlay'))
     if pretrained and not (cfg.has_weights or cfg.source or cfg.state_dict):
         trained = [name for name, entry in weights.items() if entry.source and not entry.file_url]
-        files = [entry.file_url for name, entry in weights.items() if name.startswith(f'{variant}.') and entry.file_url]
-        remedy = f"convert the authors' file ({files[0]}) with `timm-sknet convert`, " if files else ''
+        name = f'{variant}.{cfg.tag}'
+        file = weights[name].file_url if name in weights else ''
+        remedy = f"convert the authors' file ({file}) with `timm-sknet convert`, " if file else ''
         raise ValueError(
-            f'There are no public weights of {variant} that timm can load. Use pretrained=False, {remedy}load your '
-            f'own weights, or choose a model with weights: {", ".join(trained)}.'
+            f'There are no public weights of {name if file else variant} that timm can load. Use pretrained=False, '
+            f'{remedy}load your own weights, or choose a model with weights: {", ".join(trained)}.'
         )
     model_cfg = model_cfgs[variant]
     levels = model_cfg.override(**{k: v for k, v in kwargs.items() if hasattr(model_cfg, k)}).levels
@@ -275,15 +373,19 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
         placeholder = replace(cfg, source=None, state_dict={'weights': None})
         kwargs |= dict(pretrained_cfg=placeholder, pretrained_cfg_overlay=None)
 
+    given: List[Tuple[SKNet, Dict[str, Any]]] = []
+
     def checked(state_dict: Dict[str, Any], model: SKNet) -> Dict[str, Any]:
         model.pretrained_cfg.pop('state_dict', None)
         if cfg.source:
             model.pretrained_cfg['source'] = cfg.source
         found = read or PretrainedWeights(replace(cfg, state_dict=state_dict))
         classes = 0 if kwargs.get('features_only') else model.num_classes
-        return found.checked_state_dict(model, classes, kwargs.get('pretrained_strict', True))
+        state = found.checked_state_dict(model, classes, kwargs.get('pretrained_strict', True))
+        given.append((model, dict(state)))  # a copy, because timm changes the dict
+        return state
 
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         SKNet,
         variant,
         pretrained,
@@ -292,6 +394,9 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
         pretrained_filter_fn=checked,
         **kwargs,
     )
+    for loaded, state in given:  # with features_only, `model` is not the model that was loaded
+        restore(loaded, state, except_classifier=loaded.num_classes != cfg.num_classes)
+    return model
 
 
 @register_model
@@ -370,3 +475,57 @@ def sk_resnet50(pretrained: bool = False, **kwargs: Any) -> SKNet:
 def sk_resnet101(pretrained: bool = False, **kwargs: Any) -> SKNet:
     """SK-ResNet-101* of the authors' PyTorch code (PytorchInsight)."""
     return _create('sk_resnet101', pretrained, **kwargs)
+
+
+@register_model
+def sk_resnet18_timm(pretrained: bool = False, **kwargs: Any) -> SKNet:
+    """timm's skresnet18: basic blocks; the branches of their SK convolutions get one half of the channels each."""
+    return _create('sk_resnet18_timm', pretrained, **kwargs)
+
+
+@register_model
+def sk_resnet34_timm(pretrained: bool = False, **kwargs: Any) -> SKNet:
+    """timm's skresnet34, with the blocks of `sk_resnet18_timm`."""
+    return _create('sk_resnet34_timm', pretrained, **kwargs)
+
+
+@register_model
+def sk_resnet50x1_simclr(pretrained: bool = False, **kwargs: Any) -> SKNet:
+    """SK-ResNet-50 of SimCLRv2 (1x, SK): dense 3x3 branches, a deep stem and pooled shortcuts (arXiv:2006.10029)."""
+    return _create('sk_resnet50x1_simclr', pretrained, **dict(zero_init_last=True) | kwargs)
+
+
+@register_model
+def sk_resnet50x2_simclr(pretrained: bool = False, **kwargs: Any) -> SKNet:
+    """SK-ResNet-50 of SimCLRv2 (2x, SK), twice as wide (arXiv:2006.10029)."""
+    return _create('sk_resnet50x2_simclr', pretrained, **dict(zero_init_last=True) | kwargs)
+
+
+@register_model
+def sk_resnet101x1_simclr(pretrained: bool = False, **kwargs: Any) -> SKNet:
+    """SK-ResNet-101 of SimCLRv2 (1x, SK): dense 3x3 branches, a deep stem and pooled shortcuts (arXiv:2006.10029)."""
+    return _create('sk_resnet101x1_simclr', pretrained, **dict(zero_init_last=True) | kwargs)
+
+
+@register_model
+def sk_resnet101x2_simclr(pretrained: bool = False, **kwargs: Any) -> SKNet:
+    """SK-ResNet-101 of SimCLRv2 (2x, SK), twice as wide (arXiv:2006.10029)."""
+    return _create('sk_resnet101x2_simclr', pretrained, **dict(zero_init_last=True) | kwargs)
+
+
+@register_model
+def sk_resnet152x1_simclr(pretrained: bool = False, **kwargs: Any) -> SKNet:
+    """SK-ResNet-152 of SimCLRv2 (1x, SK): dense 3x3 branches, a deep stem and pooled shortcuts (arXiv:2006.10029)."""
+    return _create('sk_resnet152x1_simclr', pretrained, **dict(zero_init_last=True) | kwargs)
+
+
+@register_model
+def sk_resnet152x2_simclr(pretrained: bool = False, **kwargs: Any) -> SKNet:
+    """SK-ResNet-152 of SimCLRv2 (2x, SK), twice as wide (arXiv:2006.10029)."""
+    return _create('sk_resnet152x2_simclr', pretrained, **dict(zero_init_last=True) | kwargs)
+
+
+@register_model
+def sk_resnet152x3_simclr(pretrained: bool = False, **kwargs: Any) -> SKNet:
+    """SK-ResNet-152 of SimCLRv2 (3x, SK), three times as wide (arXiv:2006.10029)."""
+    return _create('sk_resnet152x3_simclr', pretrained, **dict(zero_init_last=True) | kwargs)

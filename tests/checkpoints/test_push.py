@@ -13,10 +13,10 @@ import pytest
 import timm
 import torch
 from hub import hub
+from models import MODELS
 from safetensors.torch import load_file, save_file
 
 from timm_sknet.cli import main
-from timm_sknet.sknets import model_cfgs
 
 
 @pytest.fixture(scope='session')
@@ -196,11 +196,13 @@ SMALL = {
     'sknet101_caffe': dict(depths=(1, 1, 1, 1), stem_pool='pad'),
     'sknet29_16x32d': dict(depths=(1, 1, 1)),
     'sk_resnet50': dict(depths=(1, 1, 1, 1), stem_pool='ceil'),
+    'sk_resnet34_timm': dict(depths=(1, 1, 1, 1)),
+    'sk_resnet50x1_simclr': dict(depths=(1, 1, 1, 1), stem_widths=(32, 64), shortcut_pool=False),
     'sk_resnet101': dict(depths=(1, 1, 1, 1), norm_layer='layernorm2d'),
 }
 
 
-@pytest.mark.parametrize('name', model_cfgs)
+@pytest.mark.parametrize('name', MODELS)
 @torch.no_grad()
 def test_save_for_hf_keeps_arguments(name, tmp_path):
     args = dict(in_chans=1, **SMALL.get(name, {}))

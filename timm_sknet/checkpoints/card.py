@@ -7,7 +7,7 @@ from huggingface_hub import ModelCardData
 
 from timm_sknet import __version__
 from timm_sknet.checkpoints.reading import Source
-from timm_sknet.sknets import Weights, weights
+from timm_sknet.sknets import Weights, default_cfgs, weights
 
 REPOSITORY = 'ORG/NAME'  # `push` replaces it by the name of the repository
 UNSTATED = 'unknown'  # what the Hub calls a licence that is not stated
@@ -47,14 +47,25 @@ transformers, leave out the prefix: `AutoModelForImageClassification.from_pretra
 ## Citation
 
 ```
-@inproceedings{{li2019selective,
-  title={{Selective Kernel Networks}},
-  author={{Li, Xiang and Wang, Wenhai and Hu, Xiaolin and Yang, Jian}},
-  booktitle={{IEEE Conference on Computer Vision and Pattern Recognition}},
-  year={{2019}}
-}}
+{citation}
 ```
 """
+CITATIONS = {
+    'arXiv:1903.06586': """\
+@inproceedings{li2019selective,
+  title={Selective Kernel Networks},
+  author={Li, Xiang and Wang, Wenhai and Hu, Xiaolin and Yang, Jian},
+  booktitle={IEEE Conference on Computer Vision and Pattern Recognition},
+  year={2019}
+}""",
+    'arXiv:2006.10029': """\
+@inproceedings{chen2020big,
+  title={Big Self-Supervised Models are Strong Semi-Supervised Learners},
+  author={Chen, Ting and Kornblith, Simon and Swersky, Kevin and Norouzi, Mohammad and Hinton, Geoffrey},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2020}
+}""",
+}
 CAFFE_NOTES = """
 The authors' Caffe network expects BGR pixels from 0 to 255, from which the mean (104, 117, 123) is subtracted. The
 authors' files do not state this mean: it is taken from the SENet release. In this model, the first convolution is
@@ -108,6 +119,7 @@ def model_card(config: Dict[str, Any], source: Source, parameters: int, dtype: s
         details='\n'.join(f'| {key} | {value} |' for key, value in details.items() if value),
         notes=CAFFE_NOTES if source.kind == 'caffe' else '',
         figures=_figures(entry, source),
+        citation=CITATIONS[default_cfgs[arch].default.paper_ids],
     )
 
 
