@@ -47,3 +47,32 @@ def to_hub(state):
     width = state['head.fc.weight'].shape[1]
     head = {'layers.0.weight': torch.zeros(width, width), 'layers.1.num_batches_tracked': torch.tensor(0)}
     return {'resnet': renamed, 'head': head}
+
+
+def to_tensorflow(state):
+    """Returns the variables of a TensorFlow checkpoint with the weights of one of our models, in the order of names.
+
+    TensorFlow numbers convolutions and batch norms in the order in which the network uses them, as in our state dict.
+    """
+    names = dict(running_mean='moving_mean', running_var='moving_variance')
+    counts = {'conv2d': 0, 'batch_normalization': 0}
+    scopes, variables = {}, {}
+    for key, value in state.items():
+        layer, _, name = key.rpartition('.')
+        if name == 'num_batches_tracked' or '.branches.1.' in key:
+            continue
+        if '.branches.0.' in key:
+            value = torch.cat([value, state[key.replace('.branches.0.', '.branches.1.')]])
+        if layer == 'head.fc':
+            variable = 'head_supervised/linear_layer/dense/' + ('kernel' if name == 'weight' else 'bias')
+            variables[variable] = value.t() if name == 'weight' else value
+            continue
+        kind = 'batch_normalization' if layer.endswith('bn') else 'conv2d'
+        if layer not in scopes:
+            scopes[layer] = f'base_model/{kind}' + (f'_{counts[kind]}' if counts[kind] else '')
+            counts[kind] += 1
+        if kind == 'conv2d':
+            variables[f'{scopes[layer]}/kernel'] = value.permute(2, 3, 1, 0)
+        else:
+            variables[f'{scopes[layer]}/{names.get(name, dict(weight="gamma", bias="beta").get(name))}'] = value
+    return {name: variables[name].contiguous().numpy() for name in sorted(variables)}

@@ -147,15 +147,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         'source',
         metavar='SOURCE',
-        help="a .caffemodel or .pth.tar file of the paper's authors, weights of timm's skresnext50_32x4d, a checkpoint "
-        "of timm's train.py, or ORG/NAME on the Hub; the type is detected from the content",
+        help="a .caffemodel or .pth.tar file of the paper's authors, a TensorFlow checkpoint of SimCLRv2 (index, prefix "
+        "or folder), weights of timm's SK networks, a checkpoint of timm's train.py or of another program, or ORG/NAME "
+        'on the Hub; the type is detected from the content',
     )
     convert.add_argument('out', metavar='OUT', type=Path, help='the folder to write')
     convert.add_argument(
         '--arch',
         required=True,
         metavar='NAME',
-        help='the model, such as sknet50; sknet50_caffe or sknet101_caffe for Caffe files',
+        help='the model, such as sknet50; sknet50_caffe or sknet101_caffe for Caffe files; sk_resnet50x1_simclr and '
+        'others for SimCLRv2',
     )
     convert.add_argument('--no-ema', action='store_true', help='do not use the averaged (EMA) weights of a checkpoint')
     convert.add_argument(
@@ -172,7 +174,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument('--tag', default='', help='tag of the weights, as in MODEL.TAG')
     convert.add_argument('--license', default='', help='licence of the weights; the model card says that you stated it')
-    convert.add_argument('--label-names', type=Path, metavar='FILE', help='text file with one class name per line')
+    convert.add_argument(
+        '--label-names',
+        type=Path,
+        metavar='FILE|FOLDER',
+        help='text file with one class name per line, in the order of the class indices, or the folder with the class '
+        "folders of the data. timm's train.py sorts class folders by name: numbers as numbers, ignoring case",
+    )
     convert.add_argument('--force', action='store_true', help='replace a folder that an earlier conversion wrote')
 
     push = commands.add_parser(

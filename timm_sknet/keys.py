@@ -41,7 +41,7 @@ def _look_up(layer: str, table: Mapping[str, str]) -> str:
     return next((match.expand(module) for match, module in matches if match), '')
 
 
-TIMM = 'timm'  # skresnext50_32x4d, skresnet18 and skresnet34
+TIMM = "timm's SK networks"  # skresnext50_32x4d, skresnet18 and skresnet34
 PYTORCH = "the authors' PyTorch code"  # sk_resnet50 and sk_resnet101
 SIMCLR = 'SimCLRv2 in PyTorch'  # the files on the Hub
 FOREIGN_LAYERS = {

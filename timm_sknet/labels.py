@@ -1,11 +1,12 @@
-"""Names of classes: from a cfg, from ImageNet, or the class indices."""
+"""Names of classes: from a cfg, a file, the folders of the data or ImageNet, or the class indices."""
 
 import reprlib
 import sys
+from pathlib import Path
 from typing import Any, List
 
 from huggingface_hub.utils import tqdm
-from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data import ImageNetInfo, create_reader, infer_imagenet_subset
 from torch import nn
 
 
@@ -57,4 +58,34 @@ def class_names(model: nn.Module) -> List[str]:
         names = ImageNetInfo(subset).label_descriptions()
     if not names or len(names) != num_classes:
         names = [str(i) for i in range(num_classes)]
+    return names
+
+
+def read_label_names(path: Path) -> List[str]:
+    """Reads class names in the order of the class indices.
+
+    Args:
+        path: A text file with one name on each line, or a folder with one folder of images for each class. For a
+            folder, the order is that of timm's train.py: the class folders by name, numbers in it as numbers, without
+            regard to case.
+
+    Raises:
+        ValueError: If a name is missing, or if the file is not UTF-8 text.
+        OSError: If the file cannot be read.
+    """
+    if path.is_dir():
+        try:
+            names = list(create_reader('', str(path)).class_to_idx)
+        except RuntimeError as e:  # there are no images
+            raise ValueError(str(e)) from e
+        if '' in names:
+            raise ValueError(f'{path} has images outside of its class folders. Move them to another folder.')
+        return names
+    try:
+        text = path.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path} is not a UTF-8 text file ({e}).') from e
+    names = [name.strip() for name in text.removesuffix('\n').split('\n')]
+    if not all(names):
+        raise ValueError(f'{path} has an empty line. Write one class name on each line.')
     return names

@@ -55,7 +55,7 @@ class SKNetCfg:
         stem: Channels, kernel size and stride of the first convolution.
         stem_widths: Channels of further 3x3 convolutions of stride 1 in the stem.
         stem_pool: 3x3 max pool of stride 2 after the stem: 'pad' (padding 1, as in PyTorch's ResNets), 'ceil' (no
-            padding, size rounded up, as in the authors' Caffe files), 'same' (TensorFlow's SAME padding) or '' for none.
+            padding, size rounded up, as in the authors' Caffe files), 'same' (TensorFlow's SAME padding) or '' (none).
         head_width: Channels of a last 1x1 convolution before the global pool, 0 for none.
         branches: Kernel size, dilation and groups (0: depthwise) of each branch of the SK convolutions.
         r: Reduction ratio of the attention.

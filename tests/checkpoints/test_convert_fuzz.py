@@ -233,7 +233,7 @@ def mutated_message(draw, message: bytes, kind: str = NET) -> bytes:
         other = draw(st.integers(0, len(out) - 1))
         out[at], out[other] = out[other], out[at]
     elif how == 'number':
-        out[at] = encoded(draw(st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 100, 2**29])), wire_type, value)
+        out[at] = encoded(draw(st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 100, 2**29])), wire_type, value)
     elif how == 'wire-type':
         out[at] = encoded(number, draw(st.integers(0, 7)), value)
     elif how == 'length':
@@ -400,7 +400,7 @@ FIELDS = [*SKNetCfg.__dataclass_fields__, 'num_classes', 'arch', 'device', 'text
 KEYS = st.sampled_from(
     ['head.fc.weight', 'stem.conv.weight', 'x', 'a.conv2g.b', 'a.conv2.paths.0', 'module.', 'stem.conv.bias', 7]
 )
-TOP = 'state_dict', 'state_dict_ema', 'args', 'metric', 'epoch', 'get'
+TOP = 'state_dict', 'state_dict_ema', 'model', 'net', 'meta', 'args', 'metric', 'epoch', 'get'
 
 
 @cache
@@ -424,7 +424,8 @@ def change_state(draw, state) -> None:
     elif how == 'thing':
         state[at] = thing(draw)
     elif how == 'prefix':
-        state |= {f'_orig_mod.{key}': state.pop(key) for key in list(state)}
+        prefix = draw(st.sampled_from(reading.PREFIXES))
+        state |= {prefix + key: state.pop(key) for key in list(state)}
     elif how == 'tensor':
         state[at] = value
         with mock.patch.object(torch, 'empty', torch.zeros):  # reproducible values
@@ -441,9 +442,10 @@ def test_checkpoints(data, arch, legacy):
     draw = data.draw
     state, averaged = dict(states()[arch == MODELS[1]]), dict(states()[arch == MODELS[1]])
     kwargs, args = {}, argparse.Namespace(img_size=32, bn_eps=1e-3, eval_metric='top1')
-    checkpoint = dict(state_dict=state, epoch=3, metric=64.5)
+    name = draw(st.sampled_from(['state_dict', *reading.STATE_DICTS]))
+    checkpoint = {name: state, 'epoch': 3, 'metric': 64.5}
     if draw(st.booleans()):
-        checkpoint.update(state_dict_ema=averaged)
+        checkpoint[f'{name}_ema'] = averaged
         state = averaged
     if draw(st.integers(0, 3)):
         checkpoint.update(args=args)
@@ -667,6 +669,7 @@ STARTS = (
     b'\x12\x02',
     b'name: "SKNet"',
 )
+STARTS += b'\x08\x0a\x12\x07pytorch:', b'\x08\x05', b'{"weight_map": {', b'version https://git-lfs'
 STARTS += b'# a\nlayer {', b'\xff' * 12, bytes(8) + b'{', b'\x02\0\0\0\0\0\0\0{}', b'\xa2\x06\x05\x0a\x03abc'
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 MOST_LAYERS = 10_000  # limits the memory: a layer can take 12 bytes in the file and 1,200 in memory
+VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5  # protobuf's wire types
+FIELD_1_IS_A_NUMBER = bytes([1 << 3 | VARINT])
 BLOBS = 'weight', 'bias', 'running_mean', 'running_var'  # in Caffe's order; only CuDNNBatchNorm has the last two
 CORRUPTED_OR_OTHER = 'the file is corrupted, or does not contain SKNet weights'
 
@@ -33,8 +35,13 @@ def read_caffemodel(path: Path, largest: int) -> Dict[str, Tensor]:
     parse = _layer_parser()
     most = 9 * largest + 2**16  # bytes: a double and its tag for each element, and the layer's settings
     layers: Dict[str, List[Tensor]] = {}
+    size = path.stat().st_size
     with path.open('rb') as file:
-        for number, record in _records(file, path.stat().st_size, keep={2, 100}, most=most):
+        if file.read(1) == FIELD_1_IS_A_NUMBER:
+            file.seek(0)
+            raise ValueError(_other_message(file, size))
+        file.seek(0)
+        for number, record in _records(file, size, keep={2, 100}, most=most):
             if number == 2:
                 raise ValueError(
                     "a Caffe file in the old V1 format, which is not supported. Upgrade it with Caffe's "
@@ -51,6 +58,8 @@ def read_caffemodel(path: Path, largest: int) -> Dict[str, Tensor]:
             if len(layers) == MOST_LAYERS:
                 raise ValueError(f'{CORRUPTED_OR_OTHER}: it has more than {MOST_LAYERS:,} layers.')
             layers[name] = blobs
+    if not layers:
+        raise ValueError('not a Caffe file, or a Caffe file without weights.')
     return {f'{layer}.{name}': blob for layer, blobs in layers.items() for name, blob in zip(BLOBS, blobs)}
 
 
@@ -60,28 +69,49 @@ def _records(file: BinaryIO, size: int, keep: Set[int], most: int) -> Iterator[T
     Raises:
         ValueError: If this is not a protobuf message, or if such a field has more than `most` bytes.
     """
+    for number, wire_type, length in _fields(file, size):
+        if wire_type == LENGTH and number in keep:
+            if length > most:
+                raise ValueError(
+                    f'{CORRUPTED_OR_OTHER}: the layer at byte {file.tell():,} has {length:,} bytes, more than {most:,}.'
+                )
+            yield number, file.read(length)
+
+
+def _fields(file: BinaryIO, size: int) -> Iterator[Tuple[int, int, int]]:
+    """Yields the number, the wire type and the length of each field, with the file at its content.
+
+    Raises:
+        ValueError: If this is not a protobuf message.
+    """
     while file.tell() < size:
         start = file.tell()
         number, wire_type = divmod(_varint(file), 8)
-        if number == 0 or wire_type not in (0, 1, 2, 5):
+        if number == 0 or wire_type not in (VARINT, FIXED64, LENGTH, FIXED32):
             raise ValueError(f'not a Caffe file, or the file is corrupted: no protobuf field at byte {start:,}.')
-        if wire_type == 0:
+        if wire_type == VARINT:
             _varint(file)
+            yield number, wire_type, 0
             continue
-        length = {1: 8, 5: 4}.get(wire_type) or _varint(file)
-        if file.tell() + length > size:
+        length = {FIXED64: 8, FIXED32: 4}.get(wire_type) or _varint(file)
+        end = file.tell() + length
+        if end > size:
             raise ValueError(
                 f'the file is truncated or corrupted: the field at byte {start:,} has {length:,} bytes, but only '
                 f'{size - file.tell():,} bytes follow.'
             )
-        if wire_type == 2 and number in keep:
-            if length > most:
-                raise ValueError(
-                    f'{CORRUPTED_OR_OTHER}: the layer at byte {start:,} has {length:,} bytes, more than {most:,}.'
-                )
-            yield number, file.read(length)
-        else:
-            file.seek(length, io.SEEK_CUR)
+        yield number, wire_type, length
+        file.seek(end)
+
+
+def _other_message(file: BinaryIO, size: int) -> str:
+    """Says what a message is whose first field is a number. A Caffe network has a name there."""
+    numbers = {min(number, 9) for number, _, _ in _fields(file, size)}
+    if {7, 8} <= numbers:  # the graph and its operator sets
+        return 'this is an ONNX file. Convert the checkpoint that it was exported from.'
+    if 3 in numbers <= {1, 2, 3, 4}:  # iteration, file of the weights, history, step
+        return "this is a .solverstate, the state of Caffe's solver. Pass the .caffemodel that was saved with it."
+    return 'this is not a Caffe file.'
 
 
 def _varint(file: BinaryIO) -> int:
@@ -124,6 +154,7 @@ def _layer_parser() -> Callable[[bytes], Tuple[str, List[Tensor]]]:
             ('data', 5, many, Field.TYPE_FLOAT),
             ('shape', 7, one, Field.TYPE_MESSAGE, '.caffe.Shape'),
             ('double_data', 8, many, Field.TYPE_DOUBLE),
+            ('raw_data', 12, one, Field.TYPE_BYTES),  # only in OpenCV and NVCaffe
         ],
         'Layer': [('name', 1, one, Field.TYPE_BYTES), ('blobs', 7, many, Field.TYPE_MESSAGE, '.caffe.Blob')],
     }
@@ -148,6 +179,11 @@ def _layer_parser() -> Callable[[bytes], Tuple[str, List[Tensor]]]:
 
 def _tensor(name: str, blob: Any) -> Tensor:
     """Returns a blob of the layer `name` as a float32 tensor."""
+    if blob.raw_data:
+        raise ValueError(
+            f"a blob of layer {name!r} is stored as raw data, which is not supported. OpenCV's shrinkCaffeModel writes "
+            'half precision in this form. Convert the original .caffemodel.'
+        )
     with np.errstate(over='ignore'):  # infinite values are an error later, when the weights are checked
         values = np.array(blob.data or blob.double_data, dtype=np.float32)
     if blob.HasField('shape'):

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from timm_sknet.checkpoints.card import UNSTATED, model_card
 from timm_sknet.checkpoints.folder import check_target, one_line, write
-from timm_sknet.checkpoints.reading import DESCRIPTION, Source, read, to_state_dict
+from timm_sknet.checkpoints.reading import DESCRIPTION, Source, name_origin, read, to_state_dict
 from timm_sknet.labels import label_names as ordered_names
+from timm_sknet.labels import read_label_names
 from timm_sknet.sknets import default_cfgs, model_cfgs
 
 STATISTICS = 'running_mean', 'running_var', 'num_batches_tracked'
@@ -37,9 +38,10 @@ def convert(
     """Converts weights to a folder that timm, its scripts and transformers can load.
 
     Args:
-        source: A `.caffemodel` or `.pth.tar` by the paper's authors, weights of timm's `skresnext50_32x4d` or of a
-            model of this package, a checkpoint of timm's train.py, or a repository on the Hub with a
-            model.safetensors. The type is detected from the content.
+        source: A `.caffemodel` or `.pth.tar` by the paper's authors, a TensorFlow checkpoint of SimCLRv2, weights of
+            timm's `skresnext50_32x4d`, `skresnet18` or `skresnet34` or of a model of this package, a checkpoint that
+            contains them, such as those of timm's train.py, or a repository on the Hub with a model.safetensors or
+            pytorch_model.bin. The type is detected from the content.
         out: The folder. It is written atomically: it exists only if the conversion succeeded.
         arch: Name of the model.
         ema: Use the averaged (EMA) weights of a checkpoint if it contains them.
@@ -47,13 +49,14 @@ def convert(
         num_classes: Expected number of classes, or 0 to remove the classifier. None accepts any number.
         tag: Tag of the weights. It replaces the tag of the source.
         license: Licence of the weights. It replaces the licence of the source, and the model card says so.
-        label_names: A text file with one class name on each line.
+        label_names: A text file with one class name on each line, or the folder with the class folders of the data;
+            see `timm_sknet.labels.read_label_names`.
         force: Replace a folder that an earlier conversion has written.
 
     Raises:
         ValueError: If the source is invalid or corrupted, or if an argument does not fit it.
         OSError: If a file cannot be read or written.
-        ImportError: If the source is a Caffe file and protobuf is not installed.
+        ImportError: If the source needs a package that is not installed: protobuf or google-crc32c.
     """
     if not re.fullmatch(r'[\w-]*', tag):
         raise ValueError(f'The tag must consist of letters, digits, _ and -, got {tag!r}.')
@@ -64,16 +67,19 @@ def convert(
     if arch not in model_cfgs:
         raise ValueError(f'Unknown model {arch!r}. Choose one of {", ".join(model_cfgs)}.')
     out = Path(os.path.abspath(out))
+    for path in source, str(out):
+        if path.encode(errors='ignore').decode() != path:  # safetensors cannot open it
+            raise ValueError(f'{path!r} is not a valid name in UTF-8. Choose another name.')
     check_target(out, force)
-    names = _read_names(label_names) if label_names else None
+    names = read_label_names(label_names) if label_names else None
     try:
         weights = read(source, arch, ema)
         state, args = to_state_dict(weights, arch)
-        weights = replace(weights, tensors={})  # frees memory
+        weights = replace(name_origin(weights, arch, args), tensors={})  # frees memory
         state = check_and_cast(state, DTYPES[dtype])
         state = _set_classifier(state, num_classes)
     except ValueError as e:
-        raise ValueError(f'{source}: {one_line(e)}') from e
+        raise ValueError(f'{source}: {one_line(e, 800)}') from e
 
     classes = _classes(state)
     if weights.tag and classes != default_cfgs[arch].default.num_classes:
@@ -89,7 +95,7 @@ def convert(
         except ValueError as e:
             raise ValueError(f'{source}: {e} Correct its config.json, or pass the names with --label-names.') from e
     elif len(names) != classes:
-        raise ValueError(f'{label_names} must have {classes} lines, one for each class, got {len(names)}.')
+        raise ValueError(f'{label_names} must give {classes} names, one for each class, got {len(names)}.')
     # no num_classes in model_args: transformers would pass it twice
     config = dict(architecture=arch, num_classes=classes, label_names=names, model_args=args, pretrained_cfg=cfg)
 
@@ -99,17 +105,6 @@ def convert(
         write(out, state, config, card, force)
     except ValueError as e:
         raise ValueError(f'{source}: {e}') from e
-
-
-def _read_names(path: Path) -> List[str]:
-    try:
-        text = path.read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as e:
-        raise ValueError(f'{path} is not a UTF-8 text file ({e}).') from e
-    names = [name.strip() for name in text.removesuffix('\n').split('\n')]
-    if not all(names):
-        raise ValueError(f'{path} has an empty line. Write one class name on each line.')
-    return names
 
 
 def _class_names(given: Any, classes: int) -> Optional[List[str]]:
@@ -137,6 +132,11 @@ def check_and_cast(state: Dict[str, Tensor], dtype: torch.dtype) -> Dict[str, Te
         if not checked[key].isfinite().all():
             reason = f'too large for {str(wanted)[6:]}' if value.isfinite().all() else 'NaN or infinite'
             raise ValueError(f'{key} has values that are {reason}.')
+        if key.endswith('running_var') and (checked[key] < 0).any():
+            raise ValueError(
+                f'{key} has negative values, but a variance is not negative. In a Caffe file, the blobs of a batch '
+                'norm must be in the order of CuDNNBatchNorm: scale, bias, mean, variance.'
+            )
     return checked
 
 

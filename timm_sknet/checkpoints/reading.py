@@ -3,32 +3,38 @@
 import argparse
 import itertools
 import json
+import logging
 import math
 import pickle
 import pickletools
 import re
 import warnings
 import zipfile
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import IO, Any, Collection, Dict, List, Literal, Mapping, Optional, Sequence, Tuple
+from typing import IO, Any, Dict, List, Literal, Mapping, Optional, Sequence, Tuple
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
-from timm.models import clean_state_dict
 from torch import Tensor
 
+from timm_sknet.checkpoints import diagnosis
 from timm_sknet.checkpoints.caffe import CORRUPTED_OR_OTHER, read_caffemodel
+from timm_sknet.checkpoints.diagnosis import SAVE_ALONE, list_names
+from timm_sknet.checkpoints.tensorflow import find_prefix, read_checkpoint
 from timm_sknet.folding import is_folded
-from timm_sknet.keys import PYTORCH_KEY_PART, TIMM_KEY_PART, detect_origin, native_keys, rename_blobs
+from timm_sknet.keys import PYTORCH, SIMCLR, TIMM, detect_origin, native_keys, rename_blobs, rename_variables
 from timm_sknet.network import SKNet, SKNetCfg
 from timm_sknet.sknets import CAFFE_INPUT, default_cfgs, model_cfgs
 from timm_sknet.sknets import weights as known_weights
 
+_logger = logging.getLogger(__name__)
 HUB_NAME = re.compile(r'(?:hf[-_]hub:)?([\w-]+/[\w.-]+)(?:@([\w./-]+))?')
 SUFFIXES = '.caffemodel', '.safetensors', '.pth', '.pt', '.tar', '.bin'
 PREPROCESSING = 'input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std'
@@ -41,6 +47,20 @@ TRAINING_ARGS.update({'num_classes', 'in_chans'})  # these are read from the ten
 # The arguments of train.py that describe the model and its input.
 TRAIN_ARGS = {'model', 'model_kwargs', 'bn_momentum', 'bn_eps', 'gp', 'eval_metric', 'img_size', 'in_chans'}
 TRAIN_ARGS.update(PREPROCESSING)
+# Checkpoints keep the weights under one of these names, and their average (EMA) under the same name with '_ema'.
+STATE_DICTS = 'state_dict', 'model', 'model_state_dict', 'net', 'resnet'  # 'resnet': SimCLRv2 on the Hub
+PREFIXES = 'module.', '_orig_mod.', 'model.', 'net.'  # of DataParallel, torch.compile and Lightning
+PLAIN, CAFFE = 'a state dict', 'a .caffemodel'
+# For each other layout of the weights: the tag of the public weights in it, and what a file in it is.
+ORIGINS = {
+    CAFFE: ('authors_in1k', "a .caffemodel by the paper's authors"),
+    PYTORCH: ('authors_in1k', "a checkpoint of the authors' PyTorch variant"),
+    TIMM: ('ra_in1k', "weights of timm's {}"),
+    SIMCLR: ('linear_in1k', 'weights of SimCLRv2 in PyTorch'),
+}
+# Tags of SimCLRv2's weights by training step, and the steps of weights that were fine-tuned with a part of the labels.
+STEPS = {250228: 'linear_in1k', 37535: 'ft_in1k', 28151: 'sup_in1k'}
+PERCENT_OF_LABELS = {751: 1, 3754: 10}
 # The names that the pickle of a checkpoint may contain. torch.load allows more, and some of these can use any amount of
 # memory.
 PICKLED = re.compile(
@@ -83,7 +103,7 @@ def read(source: str, arch: str, ema: bool = True) -> Source:
     """Reads weights. The type of the source is detected from its content.
 
     Args:
-        source: A file, or the name of a repository on the Hub; see `timm_sknet.checkpoints.convert.convert`.
+        source: A file or folder, or the name of a repository on the Hub; see `timm_sknet.checkpoints.convert.convert`.
         arch: The model that the weights are expected to fit.
         ema: Use the averaged (EMA) weights of a checkpoint if it contains them.
 
@@ -92,25 +112,25 @@ def read(source: str, arch: str, ema: bool = True) -> Source:
         OSError: If the file cannot be read.
     """
     path = Path(source)
+    if prefix := find_prefix(path):
+        return _read_tensorflow(prefix)
     match = HUB_NAME.fullmatch(source)
     if match and not path.exists() and path.suffix not in SUFFIXES:
-        return _read_repository(match[1], match[2])
+        return _read_repository(match[1], match[2], arch, ema)
     if path.is_dir():
         raise ValueError('this is a folder. Pass the path of the weights file in it.')
     with path.open('rb') as file:
         start = file.read(256)
     if not start:
         raise ValueError('the file is empty.')
+    if text := diagnosis.text_file(start):
+        raise ValueError(text)
     if start[8:9] == b'{':
         weights = _describe(_load_safetensors(path), path)
         config = path.with_name('config.json')
         return _with_config(weights, config) if path.name == 'model.safetensors' and config.is_file() else weights
     if start.startswith((b'PK', b'\x80')):
         return _read_checkpoint(path, arch, ema)
-    if start.isascii() and start.decode().replace('\n', '').replace('\r', '').replace('\t', '').isprintable():
-        raise ValueError(
-            'this is a text file, perhaps a prototxt or a web page. Caffe weights are in a .caffemodel file.'
-        )
     return _read_caffe(path, arch)
 
 
@@ -119,7 +139,8 @@ def shapes(arch: str, most: float = math.inf, /, **args: Any) -> Dict[str, torch
 
     Args:
         arch: Name of the model.
-        most: The largest number of tensors. A model with more is not created, because it could use too much memory.
+        most: The largest number of tensors. If `args` ask for more, the model is not created, because it could use too
+            much memory.
         args: Arguments of `SKNet`. Arguments of `timm.create_model` are not accepted: they could load files.
 
     Raises:
@@ -128,7 +149,7 @@ def shapes(arch: str, most: float = math.inf, /, **args: Any) -> Dict[str, torch
     args = {key: value for key, value in args.items() if value is not None}  # timm ignores None, too
     try:
         cfg = model_cfgs[arch].override(**{k: v for k, v in args.items() if k in ARCHITECTURE})
-        if sum(map(abs, cfg.depths)) * len(cfg.branches) > most:
+        if args.keys() & {'depths', 'branches'} and sum(map(abs, cfg.depths)) * len(cfg.branches) > most:
             raise ValueError(f'it would have more than {most} tensors')
         state = SKNet(model_cfgs[arch], device='meta', **args).state_dict()
     except Exception as e:  # the arguments come from a file and can have any type
@@ -153,26 +174,67 @@ def to_state_dict(source: Source, arch: str) -> Tuple[Dict[str, Tensor], Dict[st
         return _rename_and_check(source, arch)
     except ValueError as e:
         name = _matching_arch(source)
-        hint = f' It looks like {name}: use --arch {name}.' if name else ''
-        raise ValueError(f'{source.what}. The weights do not match {arch}: {e}{hint}') from e
+        if name:
+            hint = f'It looks like {name}: use --arch {name}.'
+        else:
+            hint = _matching_part(source) or diagnosis.weights(source.what, source.tensors, _renamed(source))
+        raise ValueError(f'{source.what}. The weights do not match {arch}: {e} {hint}'.rstrip()) from e
+
+
+def name_origin(source: Source, arch: str, args: Mapping[str, Any]) -> Source:
+    """Returns the source with a description of its origin, if the layout of its tensors shows it.
+
+    Args:
+        source: The weights.
+        arch: The model that they fit.
+        args: The arguments of the model, as `to_state_dict` returns them.
+    """
+    layout = detect_origin(source.tensors) if source.what == PLAIN else source.what
+    tag, what = ORIGINS.get(layout or '', ('', ''))
+    known = known_weights.get(f'{arch}.{tag}')
+    if not known or args.keys() - {'in_chans'}:  # only the layout is of that origin, the network is another
+        return source
+    name = known.cfg.get('hf_hub_id', '').partition('/')[2].partition('.')[0]
+    return replace(source, what=what.format(name), tag=tag if known.file_url else '')  # others use the layout, too
+
+
+def _matching_part(source: Source) -> str:
+    """Says which model the tensors fit that have the most common first part in their names; '' if they fit none."""
+    parts = Counter(key.partition('.')[0] for key in source.tensors)
+    prefix = f'{max(parts, key=lambda part: parts[part], default="")}.'
+    part = {key.removeprefix(prefix): value for key, value in source.tensors.items() if key.startswith(prefix)}
+    name = _matching_arch(replace(source, tensors=_without_prefix(part)))
+    if not name:
+        return ''
+    return (
+        f'Only the tensors under {prefix} look like {name}. Save them alone, without this prefix: '
+        f'{{key.removeprefix({prefix!r}): value for key, value in state_dict.items() if key.startswith({prefix!r})}}.'
+    )
 
 
 def _matching_arch(source: Source) -> str:
     """Returns the name of the first model that a source fits; empty if it fits none."""
     caffe = source.kind == 'caffe'
+    units = len({tuple(key.split('.')[:3]) for key in _renamed(source) if key.startswith('stages.')})
     for name in sorted(model_cfgs, key=lambda name: name.endswith('_caffe') != caffe):
         if name.endswith('_caffe') and not (caffe or source.arch):
             continue  # the tensors of a state dict do not show which stem pool the network has
+        if 'depths' not in source.model_args and sum(model_cfgs[name].depths) != units:
+            continue  # saves time
         with suppress(ValueError):
             _rename_and_check(source, name)
             return name
     return ''
 
 
+def _renamed(source: Source) -> Dict[str, Tensor]:
+    return dict(rename_blobs(source.tensors) if source.kind == 'caffe' else native_keys(source.tensors))
+
+
 def _rename_and_check(source: Source, arch: str) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
     """Does the work of `to_state_dict` for one model."""
     caffe, cfg, args = source.kind == 'caffe', model_cfgs[arch], dict(source.model_args)
-    state = dict(rename_blobs(source.tensors) if caffe else native_keys(clean_state_dict(dict(source.tensors))))
+    state = _renamed(source)
     if len(state) < len(source.tensors):
         raise ValueError(f'{CORRUPTED_OR_OTHER}: two of its tensors have the same name.')
     if is_folded(state):
@@ -187,10 +249,12 @@ def _rename_and_check(source: Source, arch: str) -> Tuple[Dict[str, Tensor], Dic
         args['in_chans'] = stem.shape[1]
 
     expected = shapes(arch, len(state), num_classes=classes, **args)
+    own = f'{len(state.keys() & expected.keys())} of its {len(state)} tensors are known'
     state = {key: torch.tensor(0) for key in expected if key.endswith('num_batches_tracked')} | state
-    for problem, names in ('missing', expected.keys() - state.keys()), ('unexpected', state.keys() - expected.keys()):
-        if names:
-            raise ValueError(f'{problem} tensors: {list_names(names)}.')
+    names = {'missing': expected.keys() - state.keys(), 'unexpected': state.keys() - expected.keys()}
+    problems = [f'{problem} tensors: {list_names(found)}' for problem, found in names.items() if found]
+    if problems:
+        raise ValueError(f'{own}; {"; ".join(problems)}.')
     if caffe:
         units = [f'stages.{stage}.0.sk.attn.bn.weight' for stage in range(len(cfg.depths))]
         widths = [state[key].numel() for key in units]
@@ -219,25 +283,48 @@ def _without_ones(shape: Sequence[int]) -> List[int]:
 def _read_caffe(path: Path, arch: str) -> Source:
     largest = max(math.prod(shape) for name in {arch, 'sknet101'} & set(model_cfgs) for shape in shapes(name).values())
     blobs = read_caffemodel(path, largest)
-    return Source("a .caffemodel by the paper's authors", path, blobs, 'caffe', cfg=CAFFE_INPUT, tag='authors_in1k')
+    return Source(CAFFE, path, blobs, 'caffe', cfg=CAFFE_INPUT)
 
 
-def list_names(names: Collection[str], most: int = 3) -> str:
-    """Returns the first names as text: 'a', 'a and b', or 'a, b, c and 9 more'."""
-    shown = sorted(names)[:most]
-    if len(names) > most:
-        shown.append(f'{len(names) - most} more')
-    *others, last = shown
-    return f'{", ".join(others)} and {last}' if others else last
+def _read_tensorflow(prefix: Path) -> Source:
+    variables, step = read_checkpoint(prefix)
+    if step in PERCENT_OF_LABELS:
+        raise ValueError(
+            f'weights of SimCLRv2 that were fine-tuned with {PERCENT_OF_LABELS[step]} % of the labels (global_step is '
+            f'{step}) are not supported, because they have a hidden layer before the classifier. Use the weights '
+            'finetuned_100pct, supervised or pretrained.'
+        )
+    convolutions = sum(name.startswith('base_model/conv2d') for name in variables)
+    expected = {7 + 5 * sum(cfg.depths): cfg.depths for cfg in model_cfgs.values() if cfg.shortcut_pool}
+    if convolutions not in expected:
+        raise ValueError(
+            f'the checkpoint has {convolutions} convolutions, expected {list_names([*map(str, expected)])} as in the '
+            'networks of SimCLRv2 with SK. Those without SK (sk0) are not supported.'
+        )
+    if step not in STEPS:
+        _logger.warning(
+            f'{prefix}: global_step is {step}, which is not the step of a published checkpoint of SimCLRv2. The '
+            'classifier is taken as a classifier of the pooled features.'
+        )
+    tensors = rename_variables(variables, expected[convolutions])
+    return Source('a TensorFlow checkpoint of SimCLRv2', Path(f'{prefix}.index'), tensors, tag=STEPS.get(step or 0, ''))
 
 
-def _read_repository(repo: str, revision: Optional[str]) -> Source:
+def _read_repository(repo: str, revision: Optional[str], arch: str, ema: bool) -> Source:
     try:
-        path = Path(hf_hub_download(repo, 'model.safetensors', revision=revision))
+        try:
+            path = Path(hf_hub_download(repo, 'model.safetensors', revision=revision))
+        except EntryNotFoundError:
+            path = Path(hf_hub_download(repo, 'pytorch_model.bin', revision=revision))
         config = Path(hf_hub_download(repo, 'config.json', revision=revision))
     except (ValueError, OSError) as e:  # the errors of huggingface_hub are OSErrors
-        raise ValueError(f'no such file, and no such model can be downloaded from the Hub ({e}).') from e
-    source = _with_config(_describe(_load_safetensors(path), path), config)
+        raise ValueError(
+            'no such file, and no such model can be downloaded from the Hub: model.safetensors or pytorch_model.bin, '
+            f'and config.json ({e}).'
+        ) from e
+    pickled = path.suffix == '.bin'
+    source = _read_checkpoint(path, arch, ema) if pickled else _describe(_load_safetensors(path), path)
+    source = _with_config(source, config)
     tag = next((name.split('.')[1] for name, known in known_weights.items() if known.cfg.get('hf_hub_id') == repo), '')
     return replace(source, what=f'{repo} on the Hugging Face Hub', tag=tag)
 
@@ -309,10 +396,11 @@ def _read_checkpoint(path: Path, arch: str, ema: bool) -> Source:
     if not isinstance(checkpoint, dict):
         raise ValueError(f'not a checkpoint: expected a dict, got a {type(checkpoint).__name__}.')
     checkpoint = _without_attributes(checkpoint)
-    averaged = ema and isinstance(checkpoint.get('state_dict_ema'), dict)
-    state = checkpoint.get('state_dict_ema' if averaged else 'state_dict', checkpoint)
-    if not isinstance(checkpoint.get('args'), argparse.Namespace):
-        return _describe(state, path)
+    name = _find_state_dict(checkpoint, ema)
+    source = _describe(checkpoint.get(name, checkpoint), path)
+    averaged = name.endswith('_ema')
+    if not (name.startswith('state_dict') and isinstance(checkpoint.get('args'), argparse.Namespace)):
+        return replace(source, what=diagnosis.trainer(checkpoint) or PLAIN)
 
     try:
         args = _only_json({k: v for k, v in vars(checkpoint['args']).items() if k in TRAIN_ARGS})
@@ -330,8 +418,25 @@ def _read_checkpoint(path: Path, arch: str, ema: bool) -> Source:
     what = "a checkpoint of timm's train.py"
     if 'state_dict_ema' in checkpoint:
         what += ' (averaged weights)' if averaged else ' (not the averaged weights)'
-    tensors = _describe(state, path).tensors
-    return Source(what, path, tensors, arch=own_arch, model_args=model_args, cfg=cfg, measured=measured)
+    return replace(source, what=what, arch=own_arch, model_args=model_args, cfg=cfg, measured=measured)
+
+
+def _find_state_dict(checkpoint: Dict, ema: bool) -> str:
+    """Returns the name of the state dict in a checkpoint; '' if there is none, or if the checkpoint is a state dict.
+
+    Raises:
+        ValueError: If there are several state dicts.
+    """
+    found = {
+        name
+        for name, value in checkpoint.items()
+        if isinstance(value, dict) and any(isinstance(tensor, Tensor) for tensor in dict.values(value))
+    }
+    names = [f'{name}_ema' if ema and f'{name}_ema' in found else name for name in STATE_DICTS]
+    names = [name for name in names if name in found]
+    if len(names) > 1:
+        raise ValueError(f'it contains several state dicts: {list_names(names)}. Save one of them alone, in a file.')
+    return names[0] if names else ''
 
 
 def _unpickle(path: Path) -> Any:
@@ -345,6 +450,8 @@ def _unpickle(path: Path) -> Any:
             zipped = zipfile.is_zipfile(path)
             if zipped:
                 with zipfile.ZipFile(path) as archive:
+                    if other := diagnosis.archive(archive.namelist()):
+                        raise Refused(other)
                     if any(entry.compress_type for entry in archive.infolist()):
                         raise Refused('the checkpoint is compressed, which is not supported. Save it with torch.save.')
                     if damaged := archive.testzip():  # torch does not verify checksums
@@ -379,13 +486,17 @@ def _check_pickle(file: IO[bytes]) -> None:
         if code.name in ('GLOBAL', 'INST') and not PICKLED.fullmatch(str(value)):
             name = str(value).replace(' ', '.')
             raise Refused(
-                f'refused, because it contains {name}, which could run code or use too much memory. Save only the '
-                'weights, with torch.save(model.state_dict(), FILE).'
+                f'refused, because it contains {name}. Only tensors, dicts, lists, text and numbers are loaded, '
+                f'because other objects could run code or use too much memory. {SAVE_ALONE}'
+            )
+        if code.name == 'PROTO' and value in (4, 5):
+            raise Refused(
+                f'refused, because its pickle has the protocol {value}. Expected 2, the '
+                f'default of torch.save. {SAVE_ALONE}'
             )
         if (position or 0) > LONGEST_PICKLE:
             raise Refused(
-                f'refused, because it contains more than {LONGEST_PICKLE:,} bytes besides the weights. Save only the '
-                'weights, with torch.save(model.state_dict(), FILE).'
+                f'refused, because it contains more than {LONGEST_PICKLE:,} bytes besides the weights. {SAVE_ALONE}'
             )
 
 
@@ -400,7 +511,7 @@ def _without_attributes(mapping: Dict) -> Dict:
 
 
 def _describe(state: Any, path: Path) -> Source:
-    """Checks that this is a state dict and detects the network from its keys.
+    """Checks that this is a state dict, and removes the prefixes of wrappers from its keys.
 
     Raises:
         ValueError: If it is not a state dict, or larger than the file.
@@ -412,14 +523,21 @@ def _describe(state: Any, path: Path) -> Source:
     state = _without_attributes(state)
     others = {key for key, value in state.items() if not isinstance(value, Tensor) or value.is_meta}
     if others:
-        raise ValueError(f'not a state dict: the values of {list_names([*map(repr, others)])} are not tensors.')
+        raise ValueError(
+            f'not a state dict: the values of {list_names([*map(repr, others)])} are not tensors. Expected tensors by '
+            f'their names, in the file itself or in it under {", ".join(STATE_DICTS)}.'
+        )
     if sum(value.numel() * value.itemsize for value in state.values()) > path.stat().st_size:
         raise ValueError('the file is corrupted: its tensors are larger than the file.')  # possible with strides of 0
-    what, tag, cfg = 'a state dict', '', {}
-    origin = detect_origin(state)
-    if origin == PYTORCH_KEY_PART:
-        what, tag = "a checkpoint of the authors' PyTorch variant", 'authors_in1k'
-    elif origin == TIMM_KEY_PART:
-        what = "weights of timm's skresnext50_32x4d"
-        cfg = {key: value for key, value in known_weights['sknet50.ra_in1k'].cfg.items() if key in PREPROCESSING}
-    return Source(what, path, state, cfg=cfg, tag=tag)
+    return Source(PLAIN, path, _without_prefix(state))
+
+
+def _without_prefix(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Removes the prefixes of wrappers that all keys have, unless the keys fit another implementation with them."""
+    state.pop('n_averaged', None)  # torch.optim.swa_utils.AveragedModel adds it
+    for _ in PREFIXES:
+        prefix = next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), '')
+        if not prefix or detect_origin(state):
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
