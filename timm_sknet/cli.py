@@ -147,9 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         'source',
         metavar='SOURCE',
-        help="a .caffemodel or .pth.tar file of the paper's authors, a TensorFlow checkpoint of SimCLRv2 (index, prefix "
-        "or folder), weights of timm's SK networks, a checkpoint of timm's train.py or of another program, or ORG/NAME "
-        'on the Hub; the type is detected from the content',
+        help="a .caffemodel or .pth.tar file of the paper's authors, a TensorFlow checkpoint of SimCLRv2 (index, "
+        "prefix or folder), weights of timm's SK networks, a checkpoint of timm's train.py or of another program, or "
+        'ORG/NAME on the Hub; the type is detected from the content',
     )
     convert.add_argument('out', metavar='OUT', type=Path, help='the folder to write')
     convert.add_argument(
