@@ -63,19 +63,30 @@ def test_timms_weights_give_timms_logits_in_training(theirs, images):
     assert distance(*doubles) < 1e-9
 
 
-def test_download_from_the_hub(theirs, repo, images, tmp_path):
+def test_download_from_the_hub(images, tmp_path):
+    """timm's own files, under the real names of the repositories."""
+    theirs = {}
+    for name in ('skresnext50_32x4d', 'skresnet18', 'skresnet34'):
+        theirs[name] = trained(timm.create_model(name))
+        folder = tmp_path / 'served' / 'timm' / f'{name}.ra_in1k'
+        folder.mkdir(parents=True)
+        save_file(theirs[name].state_dict(), folder / 'model.safetensors')
     torch.save(images, tmp_path / 'images.pt')
     script = (
         'import sys, timm, torch\n'
-        "model = timm.create_model('sknet50', pretrained=True).eval()\n"
-        "tagged = timm.create_model('sknet50.ra_in1k', pretrained=True, num_classes=0, in_chans=1)\n"
-        "torch.save(model(torch.load('images.pt')).detach(), 'logits.pt')\n"
+        "images = torch.load('images.pt')\n"
+        "for name in 'sknet50', 'sk_resnet18_timm', 'sk_resnet34_timm':\n"
+        '    model = timm.create_model(name, pretrained=True).eval()\n'
+        "    tagged = timm.create_model(f'{name}.ra_in1k', pretrained=True, num_classes=0, in_chans=1)\n"
+        "    torch.save(model(images).detach(), f'{name}.pt')\n"
     )
-    with hub(repo) as address:
+    with hub(tmp_path / 'served') as address:
         env = {**os.environ, 'HF_ENDPOINT': address, 'HF_HOME': str(tmp_path / 'cache'), 'HF_HUB_OFFLINE': '0'}
         subprocess.run([sys.executable, '-c', script], cwd=tmp_path, env=env, check=True, timeout=300)
-    with torch.no_grad():
-        assert distance(torch.load(tmp_path / 'logits.pt', weights_only=True), theirs(images)) < 1e-5
+    for name, model in zip(('sknet50', 'sk_resnet18_timm', 'sk_resnet34_timm'), theirs.values()):
+        logits = torch.load(tmp_path / f'{name}.pt', weights_only=True)
+        with torch.no_grad():
+            assert distance(logits, model(images)) < 1e-5
 
 
 def test_timms_file_as_a_checkpoint(theirs, repo, images):

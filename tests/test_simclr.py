@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -60,6 +61,28 @@ def test_initialisation_is_googles():
         assert conv.weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.03)
     assert model.head.fc.weight.std().item() == pytest.approx(0.01, rel=0.03) and not model.head.fc.bias.any()
     assert not unit.conv3.bn.weight.any() and unit.conv1.bn.weight.eq(1).all()
+
+
+@torch.no_grad()
+def test_exported_networks_are_exact_at_even_and_odd_sizes(tmp_path):
+    model = trained(timm.create_model('sk_resnet50x1_simclr', **NARROW))
+    images = torch.rand(2, 3, 64, 65, generator=torch.Generator().manual_seed(0))
+    scripted, traced = torch.jit.script(model), torch.fx.symbolic_trace(model)
+    dim = torch.export.Dim.DYNAMIC
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: dim, 2: dim, 3: dim},))
+    forms = [scripted, traced, exported.module()]
+    for dynamic in {}, {2: dim, 3: dim}:
+        file = tmp_path / f'{len(dynamic)}.onnx'
+        torch.onnx.export(model, (images,), file, dynamo=True, dynamic_shapes=({0: dim, **dynamic},), verbose=False)
+        session = onnxruntime.InferenceSession(file)
+        for size in [(64, 65), (67, 90), (96, 64), (33, 34)] if dynamic else [(64, 65)]:
+            x = torch.rand(3, 3, *size)
+            (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+            torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)
+    for size in (64, 65), (67, 90), (96, 64), (33, 34):
+        x = torch.rand(3, 3, *size)
+        for form in forms:
+            torch.testing.assert_close(form(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', NAMES)
