@@ -7,8 +7,11 @@ import pytest
 import timm
 import torch
 import torch._dynamo.testing
+from models import MODELS
 from timm.utils import reparameterize_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -82,6 +85,26 @@ def test_a_backward_pass_runs_each_convolution_once_and_stacks_nothing(memory_ef
 
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
 @pytest.mark.parametrize('memory_efficient', [False, True])
+def test_a_function_mode_sees_every_convolution_norm_and_activation(training, memory_efficient):
+    """Tools for quantisation watch these functions."""
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen[getattr(func, '__name__', '')] += 1
+            return func(*args, **(kwargs or {}))
+
+    model = timm.create_model('sknet12', memory_efficient=memory_efficient).train(training)
+    modules, seen = list(model.modules()), Counter()
+    with Watch():
+        model(torch.randn(2, 3, 32, 32))
+    assert seen['conv2d'] == sum(isinstance(m, torch.nn.Conv2d) for m in modules)
+    assert seen['batch_norm'] == sum(isinstance(m, torch.nn.BatchNorm2d) for m in modules)
+    relus = sum(isinstance(m, torch.nn.ReLU) for m in modules)
+    assert seen['relu'] + seen['relu_'] == relus
+
+
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+@pytest.mark.parametrize('memory_efficient', [False, True])
 def test_a_forward_pass_calls_each_module_once(training, memory_efficient):
     model = timm.create_model('sknet12', memory_efficient=memory_efficient).train(training)
     calls = Counter()
@@ -116,6 +139,43 @@ def test_exported_graph_is_lean(tmp_path, dynamo):
     assert not {'Transpose', 'Concat', 'Softmax', 'Where', 'Less', 'BatchNormalization', 'Pow'} & set(counts), counts
     # one product and one difference in select, one product with the signs in the attention
     assert counts['Mul'] == 2 * units and counts['Sub'] == units and counts['Sigmoid'] == units, counts
+
+
+class Bytes(TorchDispatchMode):
+    """Counts the bytes that operators read and write: their tensors, each once for an operator. Views move none."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
+            self.total += sum(t.nbytes for t in tensors.values())
+        return out
+
+
+def test_a_forward_pass_moves_few_bytes():
+    """The nearest to the speed on a GPU that can be measured without one."""
+
+    def moved(model):
+        with torch.inference_mode(), Bytes() as counter:
+            model.eval()(torch.empty(8, 3, 224, 224, device='meta'))
+        return counter.total
+
+    names = 'resnext50_32x4d', 'sknet50', 'skresnext50_32x4d'
+    resnext, ours, timms = (timm.create_model(name, device='meta') for name in names)
+    assert moved(ours) < 1.35 * moved(resnext) and moved(reparameterize_model(ours)) < 0.95 * moved(resnext)
+    assert moved(timms) > 1.6 * moved(resnext)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_networks_run_with_fake_tensors_on_a_pretended_gpu(name):
+    with FakeTensorMode():
+        model = timm.create_model(name, device='cuda')
+        out = model(torch.empty(2, 3, 64, 64, device='cuda'))
+    assert out.device.type == 'cuda' and out.shape == (2, model.num_classes)
 
 
 def test_bfloat16_autocast_of_the_network():

@@ -5,10 +5,12 @@ import json
 import re
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import timm
 import torch
 from models import MODELS
+from onnxruntime.quantization.shape_inference import quant_pre_process
 from timm.layers import create_pool2d
 from timm.models import get_pretrained_cfg
 from timm.optim import param_groups_weight_decay
@@ -387,6 +389,22 @@ def test_own_weights_of_a_model_without_public_ones(tmp_path):
     overlay = dict(file=str(tmp_path / 'own.safetensors'))
     again = timm.create_model('sk_shufflenetv2_x0_5', pretrained=True, pretrained_cfg_overlay=overlay)
     torch.testing.assert_close(again.state_dict(), model.state_dict())
+
+
+def test_the_shuffle_exports_with_every_exporter(tmp_path):
+    model = timm.create_model('sk_shufflenetv2_x0_5').eval()
+    images, other = torch.randn(2, 3, 64, 64), torch.randn(3, 3, 65, 90)
+    dim = torch.export.Dim.DYNAMIC
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: dim, 2: dim, 3: dim},)).module()
+    for form in exported, torch.jit.script(model), torch.fx.symbolic_trace(model):
+        torch.testing.assert_close(form(other), model(other))
+    for opset in 11, 17:
+        file, axes = tmp_path / f'{opset}.onnx', {'x': {0: 'batch', 2: 'height', 3: 'width'}}
+        settings = dict(dynamo=False, opset_version=opset, input_names=['x'], dynamic_axes=axes)
+        torch.onnx.export(model, (images,), file, **settings)
+        (found,) = onnxruntime.InferenceSession(file).run(None, {'x': other.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(other), rtol=1e-4, atol=1e-6)
+    quant_pre_process(tmp_path / '17.onnx', tmp_path / 'prepared.onnx')
 
 
 @pytest.mark.parametrize('name', model_cfgs)

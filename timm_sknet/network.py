@@ -270,7 +270,9 @@ class ShuffleUnit(nn.Module):
             passed, y = x.chunk(2, dim=1)
         y = self.conv3(self.sk(self.conv1(y)))
         # shuffle: the channels of the two halves alternate
-        return torch.cat((passed, y), dim=1).unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+        y = torch.cat((passed, y), dim=1)
+        B, C, H, W = y.shape
+        return y.reshape(B, 2, C // 2, H, W).transpose(1, 2).reshape(B, C, H, W)
 
 
 class Stage(nn.Sequential):
@@ -372,7 +374,10 @@ class SKNet(nn.Module):
             taps.append(('pool', width, reduction))
 
         dilations, strides = dilate(cfg.strides, reduction, output_stride)
-        drop_rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(cfg.depths)))
+        units_in_all = sum(cfg.depths)
+        drop_rates: Iterator[Any] = iter([0.0] * units_in_all)
+        if drop_path_rate:  # timm reads values of a tensor, which a FakeTensorMode does not allow
+            drop_rates = iter(calculate_drop_path_rates(drop_path_rate, units_in_all))
         stages: List[nn.Module] = []
         dilation = 1
         for i, depth in enumerate(cfg.depths):

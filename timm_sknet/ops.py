@@ -39,6 +39,8 @@ def _mean(u: Tensor) -> Tensor:
     dtype = torch.promote_types(u.dtype, torch.float32)
     if not torch.jit.is_scripting():
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            if u.dtype == dtype:  # LiteRT does not support the argument dtype
+                return u.mean((2, 3), keepdim=True)
             return u.mean((2, 3), keepdim=True, dtype=dtype)
     return u.sum((2, 3), keepdim=True, dtype=dtype) / (u.shape[2] * u.shape[3])
 
