@@ -242,8 +242,7 @@ def _check_sha256(file: Path) -> None:
     blob = file.parent / os.readlink(file)  # not resolve(): the blob may be a link into the store of Xet
     if not re.fullmatch('[0-9a-f]{64}', blob.name):  # a small file, named by its git hash
         return
-    with open(blob, 'rb') as f:
-        digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    digest = sha256(blob)
     if digest != blob.name:
         content = blob.resolve()
         with suppress(OSError):  # a read-only cache
@@ -253,3 +252,12 @@ def _check_sha256(file: Path) -> None:
             f'the file was altered during the download or in the cache: {content} has sha256 {digest}; it is removed '
             'from the cache if the cache is writable'
         )
+
+
+def sha256(file: Path) -> str:
+    """Returns the sha256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(file, 'rb') as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -6,10 +6,13 @@ convolutions' outputs, `torch.channels_last` included.
 `fuse` and `select` compute the forward pass. `recompute_in_backward` only changes what autograd saves for backward.
 """
 
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
+
+# torch 2.6 lacks this function. The graphs that its torch.export writes have the operators of eager code.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, 'is_exporting', bool)
 
 
 def fuse(U: List[Tensor]) -> Tensor:
@@ -38,7 +41,7 @@ def _mean(u: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
     if not torch.jit.is_scripting():
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if _is_exporting() or torch.jit.is_tracing():
             if u.dtype == dtype:  # LiteRT does not support the argument dtype
                 return u.mean((2, 3), keepdim=True)
             return u.mean((2, 3), keepdim=True, dtype=dtype)
@@ -60,7 +63,7 @@ def select(U: List[Tensor], a: Tensor) -> Tensor:
     a = a.to(U[0].dtype).unsqueeze(3).unsqueeze(4)
     if len(U) == 2:
         if not torch.jit.is_scripting():
-            if torch.compiler.is_exporting() or torch.jit.is_tracing():  # lerp would be eight operators in ONNX
+            if _is_exporting() or torch.jit.is_tracing():  # lerp would be eight operators in ONNX
                 return U[1] + a[:, 0] * (U[0] - U[1])
         return torch.lerp(U[1], U[0], a[:, 0])
     V = U[0] * a[:, 0]

@@ -461,7 +461,8 @@ def test_checkpoints(data, arch, legacy):
         else:
             checkpoint[draw(st.sampled_from(TOP))] = thing(draw)
     content = io.BytesIO()
-    with warnings.catch_warnings(action='ignore'):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
         saved = draw(st.sampled_from([checkpoint, checkpoint, checkpoint, state, [checkpoint]]))
         try:
             torch.save(saved, content, _use_new_zipfile_serialization=not legacy)

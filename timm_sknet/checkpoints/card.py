@@ -1,12 +1,12 @@
 """Writes the model card (README.md) of a converted model."""
 
-import hashlib
 from typing import Any, Dict, Optional
 
 from huggingface_hub import ModelCardData
 
 from timm_sknet import __version__
 from timm_sknet.checkpoints.reading import Source
+from timm_sknet.loading import sha256
 from timm_sknet.sknets import Weights, default_cfgs, weights
 
 REPOSITORY = 'ORG/NAME'  # `push` replaces it by the name of the repository
@@ -89,13 +89,11 @@ def model_card(config: Dict[str, Any], source: Source, parameters: int, dtype: s
     licence = cfg.get('license')
     name = f'{arch}.{cfg["tag"]}' if cfg.get('tag') else arch
     entry = weights.get(f'{arch}.{source.tag}')
-    with source.path.open('rb') as file:
-        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
     details = {
         'architecture': f'{arch} of timm_sknet' + ''.join(f', {key}={value}' for key, value in args.items()),
         'parameters': f'{parameters:,}, in {dtype}',
         'classes': config['num_classes'],
-        'source': f'{_escape(source.path.name)}, sha256 {sha256}',
+        'source': f'{_escape(source.path.name)}, sha256 {sha256(source.path)}',
         'origin': cfg.get('origin_url'),
         'licence': _licence(licence, claimed),
         'input': ' x '.join(map(str, cfg['input_size'])) + f', crop_pct {cfg["crop_pct"]}, {cfg["interpolation"]}',

@@ -446,7 +446,8 @@ def _unpickle(path: Path) -> Any:
         ValueError: If it contains anything else, or is not a valid checkpoint.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action='ignore'):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
             zipped = zipfile.is_zipfile(path)
             if zipped:
                 with zipfile.ZipFile(path) as archive:
