@@ -55,6 +55,11 @@ class _PostImportHook:
 def _execute_and_register(execute: Callable[[ModuleType], None], timm_models: ModuleType) -> None:
     execute(timm_models)
     try:
+        register = getattr(sys.modules.get('timm_sknet.sknets'), 'register_model', None)  # None during its import
+        if register and register is not timm_models.register_model:
+            # timm was removed from sys.modules and is imported again, but our modules use the removed one
+            for name in [name for name in sys.modules if name.split('.')[0] == 'timm_sknet']:
+                del sys.modules[name]
         import timm_sknet  # noqa: F401
     except Exception as error:
         _warn(error)

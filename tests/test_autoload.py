@@ -51,11 +51,11 @@ print(json.dumps([
     assert err == ''
 
 
-# A second registration fails under -W error, because timm warns that it overwrites a name.
+# A second registration fails here, because timm warns (UserWarning) that it overwrites a name.
 @pytest.mark.parametrize('ours', ['import timm_sknet', 'from timm_sknet.layers import SelectiveKernelConv'])
 def test_importing_the_package_or_a_module_of_it_before_timm_registers_once(python, ours):
     code = f"{ours}\nimport timm\nassert timm.is_model('sknet50')"
-    assert python(args=('-W', 'error', '-c', code)) == ('', '')
+    assert python(args=('-W', 'error::UserWarning', '-c', code)) == ('', '')
 
 
 def test_the_switch_stops_the_autoload_and_a_later_import_of_the_package_still_registers(python):
@@ -231,6 +231,33 @@ assert isinstance(timm.create_model('sknet12'), timm_sknet.SKNet)
     replaced = [warning for warning in out.splitlines() if 'Overwriting' in warning]
     assert len(replaced) == len(out.splitlines()) == 2
     assert all(any(f'Overwriting {name} ' in warning for warning in replaced) for name in ('sknet12', 'sknet50'))
+
+
+@pytest.mark.parametrize('first', ['timm', 'timm_sknet'])
+def test_our_models_are_registered_again_when_timm_is_imported_again(python, first):
+    out, err = python(f"""
+import sys, {first}, timm
+before = timm.create_model('sknet12')
+for name in [name for name in sys.modules if name.split('.')[0] == 'timm']:
+    del sys.modules[name]
+import timm
+after = timm.create_model('sknet12')
+assert isinstance(after.stem, timm.layers.ConvNormAct) and not isinstance(before.stem, timm.layers.ConvNormAct)
+import timm_sknet
+assert isinstance(after, timm_sknet.SKNet)
+print(*timm.list_models(module='sknets'))
+""")
+    assert sorted(out.split()) == sorted(model_cfgs) and err == ''
+
+
+@pytest.mark.parametrize('again', ['importlib.reload(timm.models)', 'importlib.reload(timm)'])
+def test_a_reloaded_timm_keeps_our_models_without_a_warning(python, again):
+    code = f"""
+import importlib, timm, timm_sknet
+{again}
+assert isinstance(timm.create_model('sknet12'), timm_sknet.SKNet)
+"""
+    assert python(args=('-W', 'error::UserWarning', '-c', code)) == ('', '')
 
 
 def test_the_hook_is_there_once_and_passes_over_finders_without_find_spec(python):

@@ -25,14 +25,15 @@ LABELS = ['left', 'middle', 'right']
 ANSWERS = {'bird.jpg': 'bird', 'cat.jpg': 'cat', 'deer.jpg': 'deer', 'horse.jpg': 'horse'}
 
 
-def write_model(folder, num_classes, label_names=None, **cfg):
+def write_model(folder, num_classes, label_names=None, in_chans=3, **cfg):
     """Writes a random network to a folder; returns the argument --model for it."""
     torch.manual_seed(0)
-    network = timm.create_model('sknet12', num_classes=num_classes)
+    network = timm.create_model('sknet12', num_classes=num_classes, in_chans=in_chans)
     if num_classes:
         torch.nn.init.normal_(network.head.fc.weight)
     save_file(network.state_dict(), folder / 'model.safetensors')
-    config = dict(architecture='sknet12', num_classes=num_classes, pretrained_cfg=dict(input_size=[3, 32, 32]) | cfg)
+    config = dict(architecture='sknet12', num_classes=num_classes, model_args=dict(in_chans=in_chans))
+    config['pretrained_cfg'] = dict(input_size=[in_chans, 32, 32]) | cfg
     if label_names is not None:
         config['label_names'] = label_names
     (folder / 'config.json').write_text(json.dumps(config))
@@ -291,7 +292,7 @@ UNSUITABLE = {
     'weights of another network': (write_weights_of_another_network, 'Missing key'),
     'no classes': (lambda folder: write_model(folder, 0), ' has no classes to predict'),
     'four channels': (
-        lambda folder: timm.models.save_for_hf(timm.create_model('sknet12', in_chans=4), folder),
+        lambda folder: write_model(folder, 3, in_chans=4),
         ' 4 channels',
     ),
 }

@@ -6,13 +6,19 @@ convolutions' outputs, `torch.channels_last` included.
 `fuse` and `select` compute the forward pass. `recompute_in_backward` only changes what autograd saves for backward.
 """
 
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-# torch 2.6 lacks this function. The graphs that its torch.export writes have the operators of eager code.
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, 'is_exporting', bool)
+# torch 2.6 has no is_exporting. There, this detects an export that does not use Dynamo (strict=False), such as ONNX's.
+if not hasattr(torch.compiler, 'is_exporting'):
+
+    def _is_exporting() -> bool:
+        return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+else:
+    _is_exporting = torch.compiler.is_exporting
 
 
 def fuse(U: List[Tensor]) -> Tensor:
@@ -64,11 +70,11 @@ def select(U: List[Tensor], a: Tensor) -> Tensor:
     if len(U) == 2:
         if not torch.jit.is_scripting():
             if _is_exporting() or torch.jit.is_tracing():  # lerp would be eight operators in ONNX
-                return U[1] + a[:, 0] * (U[0] - U[1])
-        return torch.lerp(U[1], U[0], a[:, 0])
-    V = U[0] * a[:, 0]
+                return U[1] + a.select(1, 0) * (U[0] - U[1])
+        return torch.lerp(U[1], U[0], a.select(1, 0))
+    V = U[0] * a.select(1, 0)
     for i in range(1, len(U)):
-        V = torch.addcmul(V, U[i], a[:, i])
+        V = torch.addcmul(V, U[i], a.select(1, i))
     return V
 
 
