@@ -196,6 +196,13 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument(
         '--revision', metavar='BRANCH', help='branch to push to; created if it does not exist (default: main)'
     )
+
+    info = commands.add_parser(
+        'info',
+        help='describe the installation, for bug reports',
+        description='Print versions, whether the models are registered without an import, and the settings of the Hub.',
+    )
+    info.set_defaults(run=_info)
     return parser
 
 
@@ -342,4 +349,12 @@ def _push(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as e:
         return _fail(e)
     print(f'Pushed. Load it with timm.create_model({name!r}, pretrained=True).')
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from timm_sknet.info import info
+
+    for name, value in info().items():
+        print(f'{name:17}{value}')
     return 0
