@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Usage: [TESTS=1] tools/try_wheel.sh PYTHON [PIP-INSTALL-ARGUMENT...]
-# Installs the wheel in dist/ into an empty environment and runs `timm-sknet predict` there, in another folder. With
-# TESTS set, it also runs the fast tests.
+# Usage: [CHECKS=few|all] tools/try_wheel.sh PYTHON [REQUIREMENT...]
+# Installs the requirements, such as torch==2.6.*, into a new environment, and then the wheel in dist/, as a user would.
+# pip must not install or replace anything else. Then runs `timm-sknet predict` there, in another folder.
+#
+# CHECKS=few: also exchanges weights with .venv, and runs timm's own tests of this release on one model.
+# CHECKS=all: also runs timm's tests on three models, the fast tests and, with TIMM_SCRIPTS, timm's scripts.
 set -euo pipefail
 python=$1
 shift
@@ -11,14 +14,54 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 "$python" -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet "$@" "$wheel${TESTS:+[test]}"
 cd "$folder"
+pip() { venv/bin/python -m pip --disable-pip-version-check "$@" --quiet; }
+
+if [ $# -gt 0 ]; then
+    pip install "$@"
+    pip freeze >environment.txt
+    pip install --dry-run --report report.json "$wheel"
+    venv/bin/python - <<'END'
+import json
+names = {item['metadata']['name'] for item in json.load(open('report.json'))['install']}
+assert names <= {'timm-sknet', 'huggingface_hub', 'safetensors', 'pillow'}, f'pip would install {names}'
+END
+fi
+pip install "$wheel"
 venv/bin/python -c '
 import sys, timm, timm_sknet, torch
 assert timm_sknet.__file__.startswith(sys.prefix), timm_sknet.__file__
-print("Python", sys.version.split()[0], "torch", torch.__version__, "timm", timm.__version__)
 '
+venv/bin/timm-sknet info
 venv/bin/timm-sknet predict
-if [ -n "${TESTS:-}" ]; then
+[ -n "${CHECKS:-}" ] || exit 0
+
+# The tests' own requirements must not change what is there either.
+echo "weights of .venv in the new environment, and the other way round"
+"$root/.venv/bin/python" "$root/tools/exchange.py" write ours
+venv/bin/python "$root/tools/exchange.py" read ours
+venv/bin/python "$root/tools/exchange.py" write theirs
+"$root/.venv/bin/python" "$root/tools/exchange.py" read theirs
+
+models='sknet12'
+if [ "$CHECKS" = all ]; then
+    models='sknet12 or sknet26 or sk_shufflenetv2_x0_5'
+    pip install -c environment.txt "$wheel[test]"
+else
+    pip install -c environment.txt pytest
+fi
+
+# From timm's sdist, only the tests are extracted: Python would import the timm in it.
+timm=timm-$(venv/bin/python -c 'from timm import __version__; print(__version__)')
+pip download --no-deps --no-binary timm "timm==${timm#timm-}"
+tar -xzf "$timm.tar.gz" "$timm/tests" "$timm/pyproject.toml"
+(cd "$timm" && PYTHONPATH="$root/tests" ../venv/bin/python -m pytest -p timm_suite tests/test_models.py -k "$models" -q)
+
+if [ "$CHECKS" = all ]; then
     venv/bin/pytest -m 'not slow' "$root/tests"
+    if [ -n "${TIMM_SCRIPTS:-}" ]; then
+        venv/bin/pytest -m slow -k 'train_keeps or validate or benchmark or onnx_export' "$root/tests/test_contract.py"
+    else
+        echo "timm's scripts are not run: TIMM_SCRIPTS does not name a folder with them"
+    fi
 fi
