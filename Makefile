@@ -1,10 +1,11 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip
-# The oldest supported versions are defined in pyproject.toml.
+# The oldest supported versions of torch and timm are defined in pyproject.toml.
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST_TIMM := $(shell sed -n 's/.*"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+OLDEST := python3.10 torch==$(OLDEST_TORCH).* torchvision==0.21.* timm==$(OLDEST_TIMM)
 
-.PHONY: demo test lint types format coverage dist compat clean
+.PHONY: demo test lint types format coverage dist oldest compat clean
 
 demo: .venv/installed
 	.venv/bin/timm-sknet predict
@@ -31,13 +32,20 @@ dist: .venv/installed-tests
 	rm -rf dist
 	.venv/bin/python -m build
 	.venv/bin/python tools/check_archives.py
-	tools/try_wheel.sh $(PYTHON) -c constraints.txt
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt tools/try_wheel.sh $(PYTHON)
 
-# Tests the supported versions in pyproject.toml. `make test` tests only one combination.
+# Installs the wheel into an environment with the oldest supported versions, and runs the shorter checks there.
+oldest: .venv/installed-tests
+	rm -rf dist
+	.venv/bin/python -m build --wheel
+	CHECKS=few tools/try_wheel.sh $(OLDEST)
+
+# Installs the wheel into environments as users have them, and runs all checks there. `make test` tests only one.
 compat: dist
-	TESTS=1 tools/try_wheel.sh python3.11 torch==$(OLDEST_TORCH).* timm==$(OLDEST_TIMM)
-	TESTS=1 tools/try_wheel.sh python3.12 -c constraints.txt
-	TESTS=1 tools/try_wheel.sh python3.13 -c constraints.txt
+	CHECKS=all tools/try_wheel.sh $(OLDEST)
+	CHECKS=all tools/try_wheel.sh python3.11 torch==2.8.* torchvision==0.23.* timm==1.0.26
+	CHECKS=all tools/try_wheel.sh python3.12 torch torchvision timm
+	CHECKS=all tools/try_wheel.sh python3.13 torch torchvision timm
 
 clean:
 	rm -rf .cache .venv build dist *.egg-info
@@ -48,16 +56,11 @@ clean:
 	$(PIP) install -c constraints.txt -e .
 	touch $@
 
-# Also downloads what the tests need, because they run without a network: the tests in timm's sdists, and the oldest
-# supported release of timm in a separate folder. From an sdist, only the tests are extracted: Python would import the
-# timm in it.
+# Also downloads the tests in timm's sdist, because our tests run without a network. Only the tests are extracted:
+# Python would import the timm beside them.
 .venv/installed-tests: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) install -c constraints.txt -e '.[test,ecosystem]'
 	rm -rf .cache/timm
-	$(PIP) install --no-deps --target .cache/timm/oldest timm==$(OLDEST_TIMM)
-	set -e; for version in $(OLDEST_TIMM) $$(.venv/bin/python -c 'from timm import __version__; print(__version__)'); do \
-	    $(PIP) download --no-deps --no-binary timm -d .cache/timm timm==$$version; \
-	    tar -xzf .cache/timm/timm-$$version.tar.gz -C .cache/timm timm-$$version/tests timm-$$version/pyproject.toml; \
-	done
+	tools/timm_tests.sh .venv/bin/python .cache/timm
 	touch $@

@@ -1,12 +1,16 @@
-"""The wheel contains every module and file of the package, and all modules can be imported after installation."""
+"""The wheel contains all modules and files of the package, and pip installs it without replacing other packages."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
+from email.parser import BytesParser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 IMPORT_ALL = """
@@ -20,18 +24,26 @@ for module in pkgutil.walk_packages(timm_sknet.__path__, 'timm_sknet.'):
 """
 
 
-@pytest.mark.slow
-def test_every_module_of_an_installed_wheel_can_be_imported(tmp_path):
-    source = tmp_path / 'source'  # a copy, because pip builds inside the source folder
+PIP = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('wheel')
+    source = folder / 'source'  # a copy, because pip builds inside the source folder
     shutil.copytree(ROOT / 'timm_sknet', source / 'timm_sknet', ignore=shutil.ignore_patterns('__pycache__'))
     for name in '_timm_sknet_autoload.py', 'pyproject.toml', 'README.md', 'LICENSE':
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
-    build = [*pip, 'wheel', '--no-deps', '--no-index', '--no-build-isolation', '-w', str(tmp_path), str(source)]
+    build = [*PIP, 'wheel', '--no-deps', '--no-index', '--no-build-isolation', '-w', str(folder), str(source)]
     subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob('*.whl')
+    (found,) = folder.glob('*.whl')
+    return found
+
+
+@pytest.mark.slow
+def test_every_module_of_an_installed_wheel_can_be_imported(wheel, tmp_path):
     installed = tmp_path / 'installed'
-    subprocess.run([*pip, 'install', '--no-deps', '--no-index', '--target', str(installed), str(wheel)], check=True)
+    subprocess.run([*PIP, 'install', '--no-deps', '--no-index', '--target', str(installed), str(wheel)], check=True)
     done = subprocess.run(
         [sys.executable, '-c', IMPORT_ALL, str(installed)],
         cwd=tmp_path,
@@ -46,3 +58,23 @@ def test_every_module_of_an_installed_wheel_can_be_imported(tmp_path):
     data = [file.relative_to(ROOT) for file in (ROOT / 'timm_sknet').rglob('*') if file.is_file()]
     missing = [file for file in data if '__pycache__' not in file.parts and not (installed / file).exists()]
     assert not missing
+
+
+@pytest.mark.slow
+def test_pip_replaces_nothing_beside_the_oldest_versions(wheel, tmp_path):
+    """The environment contains the metadata of the oldest versions, which is all that pip reads."""
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(tmp_path / 'venv')], check=True)
+    python = str(next((tmp_path / 'venv').glob('[bS]*/python*')))
+    site = subprocess.check_output([python, '-c', 'import site; print(site.getsitepackages()[-1])'], text=True)
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith('/METADATA'))
+        requirements = BytesParser().parsebytes(archive.read(metadata)).get_all('Requires-Dist')
+    for requirement in map(Requirement, requirements):
+        if requirement.marker is None:  # not of an extra
+            oldest = next((bound.version for bound in requirement.specifier), '0.1')
+            folder = Path(site.strip()) / f'{requirement.name}-{oldest}.dist-info'
+            folder.mkdir()
+            (folder / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {requirement.name}\nVersion: {oldest}\n')
+    install = ['install', '--dry-run', '--quiet', '--no-index', '--report', '-', str(wheel)]
+    report = json.loads(subprocess.check_output([*PIP, '--python', python, *install]))
+    assert [item['metadata']['name'] for item in report['install']] == ['timm-sknet']

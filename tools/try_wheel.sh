@@ -36,14 +36,13 @@ venv/bin/timm-sknet info
 venv/bin/timm-sknet predict
 [ -n "${CHECKS:-}" ] || exit 0
 
-# The tests' own requirements must not change what is there either.
-echo "weights of .venv in the new environment, and the other way round"
 "$root/.venv/bin/python" "$root/tools/exchange.py" write ours
 venv/bin/python "$root/tools/exchange.py" read ours
 venv/bin/python "$root/tools/exchange.py" write theirs
 "$root/.venv/bin/python" "$root/tools/exchange.py" read theirs
 
 models='sknet12'
+# the requirements of the tests must not change what is there either
 if [ "$CHECKS" = all ]; then
     models='sknet12 or sknet26 or sk_shufflenetv2_x0_5'
     pip install -c environment.txt "$wheel[test]"
@@ -51,11 +50,11 @@ else
     pip install -c environment.txt pytest
 fi
 
-# From timm's sdist, only the tests are extracted: Python would import the timm in it.
-timm=timm-$(venv/bin/python -c 'from timm import __version__; print(__version__)')
-pip download --no-deps --no-binary timm "timm==${timm#timm-}"
-tar -xzf "$timm.tar.gz" "$timm/tests" "$timm/pyproject.toml"
-(cd "$timm" && PYTHONPATH="$root/tests" ../venv/bin/python -m pytest -p timm_suite tests/test_models.py -k "$models" -q)
+suite=$("$root/tools/timm_tests.sh" venv/bin/python "$folder")
+(
+    cd "$suite"
+    PYTHONPATH="$root/tests" "$folder/venv/bin/python" -m pytest -p timm_suite tests/test_models.py -k "$models" -q
+)
 
 if [ "$CHECKS" = all ]; then
     venv/bin/pytest -m 'not slow' "$root/tests"
