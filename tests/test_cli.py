@@ -348,6 +348,14 @@ def test_a_file_name_that_is_not_text_can_be_printed(capsys, model, tmp_path):
     assert '\\udcff.png\n' in out
 
 
+def test_a_file_name_that_the_encoding_of_the_output_lacks_can_be_printed(model, tmp_path):
+    Image.new('RGB', (32, 32)).save(tmp_path / 'große Katze.png')
+    command = [sys.executable, '-m', 'timm_sknet', 'predict', str(tmp_path), '--model', model]
+    done = subprocess.run(command, env=os.environ | {'PYTHONIOENCODING': 'ascii'}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert 'gro\\xdfe Katze.png\n' in done.stdout
+
+
 def test_version_and_help(capsys):
     for argv, expected in (['--version'], timm_sknet.__version__), (['predict', '--help'], 'Exit code: 0'):
         with pytest.raises(SystemExit) as e:

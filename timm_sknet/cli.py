@@ -1,6 +1,7 @@
 """The command `timm-sknet`. Each subcommand has a parser in `_parser` and a function `_name(args) -> exit code`."""
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -32,6 +33,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     before = signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # exits by an exception, so that temporary files are removed
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+        sys.stdout.reconfigure(errors='backslashreplace')  # names may have characters that its encoding lacks
     try:
         code = args.run(args)
         sys.stdout.flush()  # detects a closed pipe here, not at exit, where Python prints an error
@@ -307,7 +310,7 @@ def _recipe(args: argparse.Namespace) -> int:
     recipes = {file.stem: file for file in sorted((Path(__file__).parent / 'recipes').glob('*.yaml'))}
     if not args.name:
         for name, file in recipes.items():
-            description, *_ = file.read_text().splitlines()
+            description, *_ = file.read_text(encoding='utf-8').splitlines()
             print(f'{name:24}{description.removeprefix("# ")}')
         return 0
     name = args.name.removesuffix('.yaml')

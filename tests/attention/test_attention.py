@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import math
+import multiprocessing
 import xml.etree.ElementTree
 
 import numpy as np
@@ -447,6 +448,15 @@ def test_images_are_read_by_workers_too(folder, model):
     assert torch.equal(scale_experiment(model, files_of(folder), workers=2).difference, alone.difference)
 
 
+def test_workers_can_be_started_as_on_macos_and_windows(folder, model):
+    alone, before = scale_experiment(model, files_of(folder)), multiprocessing.get_start_method()
+    multiprocessing.set_start_method('spawn', force=True)
+    try:
+        assert torch.equal(scale_experiment(model, files_of(folder), workers=1).difference, alone.difference)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
 def test_an_interrupted_experiment_continues(folder, model, tmp_path, monkeypatch):
     monkeypatch.setattr(scale, 'BATCH_SIZE', 6)  # two images at three scales
     files, state = files_of(folder), tmp_path / 'state'
@@ -549,6 +559,9 @@ def test_the_command_does_not_overwrite_its_images(folder, tmp_path, capsys):
     image.write_bytes((folder / 'cat' / '0.png').read_bytes())
     code, _, complaint = run(capsys, image, '--out', image)
     assert code == 2 and 'would replace the image' in complaint
+    other_name = tmp_path / 'other.png'  # as IMAGE.PNG is where names ignore case
+    other_name.hardlink_to(image)
+    assert 'would replace the image' in run(capsys, image, '--out', other_name)[2]
     assert image.read_bytes() == (folder / 'cat' / '0.png').read_bytes()
     out = folder / 'figure.png'
     for _ in range(2):  # in the second run, the figure is in the folder of images

@@ -53,11 +53,11 @@ def draw(
             raise ValueError(f'There is no folder {str(path.parent)!r} for {option} {path.name}. Create it first.')
         if path and path.is_dir():
             raise ValueError(f'{option} must be a file, got the folder {str(path)!r}.')
-    if any(out.absolute() == Path(path).absolute() for path in paths):
+    if any(_same_file(out, Path(path)) for path in paths):
         raise ValueError(f'--out would replace the image {str(out)!r}. Choose another name.')
     by_class = any(os.path.isdir(path) for path in paths)
     found = (file for path in paths for file in find_images(path))
-    files = [file for file in found if file.absolute() != out.absolute()]  # skips an earlier figure
+    files = [file for file in found if not _same_file(file, out)]  # skips an earlier figure
     if not by_class and len(files) > MOST_IMAGES:
         raise ValueError(
             f'{len(files)} images do not fit into one figure. Give at most {MOST_IMAGES} images, or a folder.'
@@ -83,6 +83,11 @@ def draw(
         groups = [result.classes if by_class else [str(file) for file in result.files] for result in results]
         write_csv([row for result, names in zip(results, groups) for row in table(result, names)], csv)
     return True
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    """Returns whether two paths name the same existing file, also where names ignore case."""
+    return a.exists() and b.exists() and a.samefile(b)
 
 
 def _readable(files: Sequence[Path], on_error: Callable[[ValueError], Any]) -> List[Path]:

@@ -190,7 +190,8 @@ def table(result: ScaleResult, groups: Sequence[str]) -> List[Dict[str, Any]]:
 def write_csv(rows: Sequence[Dict[str, Any]], file: Path) -> None:
     """Writes the rows of `table` to a CSV file."""
     with replacing(file) as unfinished:
-        with open(unfinished, 'w', newline='', errors='backslashreplace') as f:  # names can contain invalid bytes
+        # names can contain invalid bytes
+        with open(unfinished, 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:
             writer = csv.DictWriter(f, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
@@ -229,7 +230,8 @@ def _load_state(state: Optional[Path], identity: str) -> Dict[str, Tensor]:
         if state and state.exists():
             with safe_open(state, 'pt') as f:
                 if (f.metadata() or {}).get('run') == identity:
-                    return {name: f.get_tensor(name) for name in f.keys()}
+                    # copies, because Windows does not replace or remove a file that is memory-mapped
+                    return {name: f.get_tensor(name).clone() for name in f.keys()}
     except SafetensorError:
         pass
     return {}

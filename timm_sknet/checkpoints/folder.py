@@ -61,7 +61,7 @@ def write(out: Path, state: Dict[str, Tensor], config: Dict[str, Any], card: str
         (folder / WEIGHTS).chmod(0o644)  # safetensors makes files that only their owner can read
         state.clear()
         (folder / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v is not None}, indent=2) + '\n')
-        (folder / CARD).write_text(card)
+        (folder / CARD).write_text(card, encoding='utf-8')
         try:
             load(folder)
         except ValueError as e:
