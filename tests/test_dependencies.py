@@ -67,3 +67,8 @@ def test_every_bound_is_a_lower_bound_with_a_reason(name):
         assert [bound.operator for bound in Requirement(text).specifier] == ['>=']
         assert re.search(rf'"{re.escape(text)}",  # \w', TEXT), f'{text} needs a reason'
     assert PROJECT['requires-python'].startswith('>=') and ',' not in PROJECT['requires-python']
+
+
+def test_the_classifiers_name_the_versions_of_python_that_make_compat_runs():
+    named = {text.split()[-1] for text in PROJECT['classifiers'] if text.startswith('Programming Language :: Python')}
+    assert named == set(re.findall(r'\bpython(3\.\d+)', (ROOT / 'Makefile').read_text(encoding='utf-8')))

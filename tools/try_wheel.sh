@@ -3,7 +3,8 @@
 # Installs the requirements, such as torch==2.6.*, into a new environment, and then the wheel in dist/, as a user would.
 # pip must not install or replace anything else. Then runs `timm-sknet predict` there, in another folder.
 #
-# CHECKS=few: also exchanges weights with .venv, and runs timm's own tests of this release on one model.
+# CHECKS=few: also exchanges weights with .venv, and runs timm's own tests of this release on one model, and our tests
+#   of pretrained weights.
 # CHECKS=all: also runs timm's tests on three models, the fast tests and, with TIMM_SCRIPTS, timm's scripts.
 set -euo pipefail
 python=$1
@@ -47,7 +48,7 @@ if [ "$CHECKS" = all ]; then
     models='sknet12 or sknet26 or sk_shufflenetv2_x0_5'
     pip install -c environment.txt "$wheel[test]"
 else
-    pip install -c environment.txt pytest
+    pip install -c environment.txt pytest pytest-timeout
 fi
 
 suite=$("$root/tools/timm_tests.sh" venv/bin/python "$folder")
@@ -63,4 +64,7 @@ if [ "$CHECKS" = all ]; then
     else
         echo "timm's scripts are not run: TIMM_SCRIPTS does not name a folder with them"
     fi
+else
+    weights='download_from_the_hub or no_code_of_a_file or own_weights_load'
+    venv/bin/python -m pytest -k "$weights" "$root/tests/test_pretrained.py"
 fi
