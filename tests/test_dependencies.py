@@ -30,7 +30,11 @@ def names(requirements):
 def imports(*folders):
     """Returns the packages that the Python files in folders import, without Python's own and without ours."""
     files = [file for folder in folders for file in (ROOT / folder).rglob('*.py')]
-    ours = {file.stem for file in files} | {'timm_sknet', '_timm_sknet_autoload', 'theirs'}
+    ours = {name for file in files for name in (file.stem, file.parent.name)} | {
+        'timm_sknet',
+        '_timm_sknet_autoload',
+        'theirs',
+    }
     modules = set()
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):

@@ -306,6 +306,7 @@ def test_own_weights_that_do_not_fit_are_named(spoil, cause, tmp_path):
         ('missing.pth', 'the file does not exist. Check the path'),
         ('empty', 'the folder does not contain a weights file. Check the path'),
         ('text.pth', r'not a PyTorch checkpoint.*torch.save\(model.state_dict\(\), FILE\). Choose weights of'),
+        ('truncated.pth', 'the file is truncated; download or copy it again'),
         ('nothing.pth', 'not a PyTorch checkpoint.*Choose weights of'),
         ('damaged.safetensors', '.*header.*Choose weights of'),
     ],
@@ -313,6 +314,8 @@ def test_own_weights_that_do_not_fit_are_named(spoil, cause, tmp_path):
 def test_a_path_without_weights_is_named(path, reason, tmp_path):
     (tmp_path / 'text.pth').write_text('hello')
     (tmp_path / 'nothing.pth').write_bytes(b'')
+    torch.save({'a': torch.ones(1000)}, tmp_path / 'truncated.pth')
+    (tmp_path / 'truncated.pth').write_bytes((tmp_path / 'truncated.pth').read_bytes()[:2000])
     (tmp_path / 'damaged.safetensors').write_bytes(b'\x10' + bytes(7) + b'{' * 10)
     (tmp_path / 'empty').mkdir()
     with pytest.raises(RuntimeError, match=f'Cannot load weights from {tmp_path}/{path}: {reason}'):

@@ -21,7 +21,9 @@ PACKAGES = torch, timm, huggingface_hub, safetensors, timm_sknet
 SWITCHES = 'TIMM_SKNET_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD'
 # Runs in a new process, because this process has imported timm_sknet.
 OWNERS = """
-import json, sys, timm
+import json, sys
+sys.path = [path for path in sys.path if path]  # as in scripts: without the current folder
+import timm
 names = filter(timm.is_model, sys.argv[1:])
 print(json.dumps({name: timm.models.model_entrypoint(name).__module__ for name in names}))
 """

@@ -12,7 +12,7 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Dict, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -137,6 +137,8 @@ def read(file: Path) -> Dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # checkpoints of train.py hold one
             found: Any = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as e:  # of many classes; some messages of torch advise to run the code
+        if is_truncated(file):
+            raise ValueError('the file is truncated; download or copy it again') from e
         raise ValueError(
             'not a PyTorch checkpoint, or the file is corrupted or contains objects other than weights, which are not '
             'unpickled. Save the weights alone with torch.save(model.state_dict(), FILE)'
@@ -148,6 +150,12 @@ def read(file: Path) -> Dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError('the file does not contain a state dict')
     return clean_state_dict(found)
+
+
+def is_truncated(file: Path) -> bool:
+    """Returns whether a file starts as a zip archive, such as those of `torch.save`, but its end is missing."""
+    with file.open('rb') as content:
+        return content.read(4) == b'PK\x03\x04' and not zipfile.is_zipfile(file)
 
 
 def restore(model: nn.Module, state: Mapping[str, Tensor], except_classifier: bool) -> None:
@@ -220,15 +228,24 @@ def _find(path: Path) -> Path:
 
 def _download(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> Path:
     repository, _, revision = str(cfg.hf_hub_id).partition('@')
-    errors = []
-    for name in [cfg.hf_hub_filename] if cfg.hf_hub_filename else ['model.safetensors', 'pytorch_model.bin']:
+    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ['model.safetensors', 'pytorch_model.bin']
+    file = Path(download_first(repository, names, revision or None, cache_dir))
+    _check_sha256(file)
+    return file
+
+
+def download_first(
+    repository: str, names: Sequence[str], revision: Optional[str], cache_dir: Optional[Union[str, Path]] = None
+) -> str:
+    """Downloads the first of these files that a repository has, and returns its path in the cache."""
+    errors: List[EntryNotFoundError] = []
+    for name in names:
+        # after a failure of the network, only the cache is asked for the other files
+        local = any(isinstance(e, LocalEntryNotFoundError) for e in errors)
         try:
-            file = Path(hf_hub_download(repository, name, revision=revision or None, cache_dir=cache_dir))
-        except EntryNotFoundError as e:  # offline too: the cache may have the other file
+            return hf_hub_download(repository, name, revision=revision, cache_dir=cache_dir, local_files_only=local)
+        except EntryNotFoundError as e:
             errors.append(e)
-        else:
-            _check_sha256(file)
-            return file
     raise errors[0]
 
 

@@ -210,7 +210,7 @@ class Weights(NamedTuple):
             return 'the Hub'
         if 'file' in self.cfg:
             return 'the package'
-        return "authors' file" if self.file_url else ''
+        return 'a file' if self.file_url else ''
 
 
 def _untrained(description: str, cfg: Dict[str, Any] = _IMAGENET) -> Weights:

@@ -13,7 +13,7 @@ from timm_sknet.sknets import Weights, default_cfgs, model_cfgs, paper_top1, wei
 # The tables: one for each place of the weights, see `Weights.source`.
 TITLES = {
     ('the Hub', 'the package'): 'Weights that load by name',
-    ("authors' file",): 'Weights in files that must be converted',
+    ('a file',): 'Weights in files that must be converted',
     ('',): 'Networks without public weights',
 }
 HEADER = 'model', 'parameters', 'GMACs', 'input', 'top-1', 'licence', 'weights'

@@ -1,6 +1,7 @@
 """`timm-sknet convert`: all types of sources, the folder that is written, and invalid or corrupted sources."""
 
 import argparse
+import gzip
 import inspect
 import io
 import json
@@ -410,7 +411,7 @@ def test_a_checkpoint_of_lightning(lightning_checkpoint, converted):
 def test_a_checkpoint_of_lightning_with_other_modules_names_the_part_to_save(lightning_checkpoint, run):
     code, err = run(lightning_checkpoint(network=trained(), loss=nn.Linear(2, 2)), 'sknet12')
     assert code == 2 and 'a checkpoint of Lightning. The weights do not match sknet12: 0 of its' in err
-    assert 'Only the tensors under network. look like sknet12. Save them alone, without this prefix: {key.' in err
+    assert 'The tensors under network. look like sknet12. Save them alone, without this prefix: {key.' in err
     code, err = run(lightning_checkpoint(network=nn.Linear(2, 2)), 'sknet12')
     assert code == 2 and 'torch.save(module.NETWORK.state_dict(), FILE)' in err
 
@@ -586,6 +587,14 @@ def test_the_authors_are_named_only_for_their_own_networks(converted, caffemodel
     folder = converted(caffemodel, 'sknet26')
     card = (folder / 'README.md').read_text()
     assert '# sknet26\n' in card and 'from a .caffemodel.' in card and 'tag' not in config(folder)['pretrained_cfg']
+
+
+def test_weights_in_half_precision_with_their_counters_are_converted(converted, tmp_path):
+    model = trained()
+    torch.save({key: value.half() for key, value in model.state_dict().items()}, tmp_path / 'half.pth')
+    state = load_file(converted(tmp_path / 'half.pth', 'sknet12') / 'model.safetensors')
+    assert state['stem.bn.num_batches_tracked'].dtype == torch.int64 and state['stem.bn.num_batches_tracked'] == 1
+    assert state['stem.conv.weight'].dtype == torch.float32
 
 
 def test_options_do_what_they_say(converted, run_of_train_py, checkpoint, tmp_path):
@@ -774,7 +783,11 @@ BAD = {
         lambda p: torch.save({'a': torch.ones(3)}, p, pickle_protocol=4),
         r'its pickle has the protocol 4\. Expected 2, the default of torch\.save',
     ),
-    'truncated': (lambda p: p.write_bytes(cut(p.read_bytes())), 'the file is corrupted'),
+    'truncated': (lambda p: p.write_bytes(cut(p.read_bytes())), 'the file is truncated. Download or copy it again'),
+    'no tensor': (lambda p: torch.save({}, p), 'not a state dict: it is empty'),
+    'gzip': (lambda p: p.write_bytes(gzip.compress(p.read_bytes())), 'a gzip file. Decompress it first'),
+    'HDF5': (lambda p: p.write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(99)), 'an HDF5 file, perhaps of Keras'),
+    'npy': (lambda p: np.save(p.open('wb'), np.ones(3)), 'a NumPy array'),
     'empty': (lambda p: p.write_bytes(b''), 'the file is empty'),
     'a folder': (lambda p: (p.unlink(), p.mkdir()), 'a folder. Pass the path of the weights file'),
     'nothing': (lambda p: p.unlink(), 'No such file'),
@@ -964,7 +977,7 @@ def test_the_backbone_of_a_detector_is_named(tiny, run, tmp_path):
     torch.save({'state_dict': state, 'meta': {'mmdet_version': '1.0'}}, tmp_path / 'detector.pth')
     code, err = run(tmp_path / 'detector.pth', 'sk_resnet50')
     assert code == 2 and 'a checkpoint of OpenMMLab (MMDetection and others). The weights do not match' in err
-    assert 'Only the tensors under backbone. look like sk_resnet50. Save them alone, without this prefix' in err
+    assert 'The tensors under backbone. look like sk_resnet50. Save them alone, without this prefix' in err
 
 
 def test_names_that_are_not_utf8_are_refused(run, two_states, tmp_path):

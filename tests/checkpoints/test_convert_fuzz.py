@@ -32,6 +32,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from timm_sknet import loading
 from timm_sknet.checkpoints import convert, reading
 from timm_sknet.network import SKNetCfg
 from timm_sknet.sknets import model_cfgs
@@ -74,7 +75,8 @@ def tiny(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp('fuzz'))
         patch.setattr(reading, 'shapes', shapes)
-        patch.setattr(reading, 'hf_hub_download', mock.Mock(side_effect=OSError('no network')))
+        for module in reading, loading:
+            patch.setattr(module, 'hf_hub_download', mock.Mock(side_effect=OSError('no network')))
         with mock.patch.dict(model_cfgs, zip(MODELS, cfgs), clear=True):
             yield
 
@@ -656,7 +658,11 @@ def test_repositories(data):
     Path('config.json').write_bytes(draw(damage(text)) if where == 'text' else text)
     content = safetensors() if draw(st.integers(0, 4)) else draw(mutated_safetensors())
     files = {'model.safetensors': FILE, 'config.json': 'config.json'}
-    with mock.patch.object(reading, 'hf_hub_download', lambda repo, name, **_: str(files[name])):
+    download = mock.Mock(side_effect=lambda repo, name, **_: str(files[name]))
+    with (
+        mock.patch.object(reading, 'hf_hub_download', download),
+        mock.patch.object(loading, 'hf_hub_download', download),
+    ):
         try_to_read(content, MODELS[0], draw(st.booleans()), source='org/name@main')
 
 

@@ -3,18 +3,22 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
 from conftest import trained
+from hub import hub
 from safetensors.torch import load_file
 from simclr import golden
 from simclr_reference import to_hub, to_tensorflow
 from test_tensorflow import DATA, checkpoint
 from timm.utils import reparameterize_model
 
+from timm_sknet.checkpoints import reading
 from timm_sknet.cli import main
 from timm_sknet.keys import native_keys
 from timm_sknet.sknets import model_cfgs
@@ -133,6 +137,36 @@ def test_a_relative_path_with_one_slash_is_not_taken_for_a_repository(run, tmp_p
     monkeypatch.chdir(tmp_path)
     assert main(['convert', 'source/model.ckpt-7', 'again', '--arch', NAME]) == 0
     assert main(['convert', 'source', 'once more', '--arch', NAME]) == 0
+
+
+def test_a_mistyped_prefix_is_not_looked_for_on_the_hub(run, tmp_path, monkeypatch):
+    assert run(37535)[0] == 0
+    monkeypatch.setattr(reading, 'download_first', lambda *args: pytest.fail('the Hub was asked'))
+    for source in 'model.ckpt-8', '../elsewhere/model.ckpt-7':
+        code, err = run(37535, source=source)
+        assert code == 2 and err.count('\n') == 1 and '.index is missing' in err
+
+
+def test_the_graph_beside_a_checkpoint_leads_to_it(run, tmp_path):
+    (tmp_path / 'source').mkdir()
+    (tmp_path / 'source' / 'model.ckpt-7.meta').write_bytes(b'\x0a\x05graph\x12\x03abc')
+    assert run(37535, source='model.ckpt-7.meta') == (0, '')
+
+
+def test_the_repository_of_the_table_is_converted(folder, tmp_path):
+    """It has no config.json."""
+    state = load_file(folder / 'model.safetensors')
+    repository = 'lightly-ai/simclrv2-imagenet1k-r50_1x_sk1'
+    (tmp_path / 'served' / repository).mkdir(parents=True)
+    torch.save(to_hub(state), tmp_path / 'served' / repository / 'r50_1x_sk1.pth')
+    command = [sys.executable, '-m', 'timm_sknet', 'convert', repository, 'out', '--arch', NAME]
+    with hub(tmp_path / 'served') as address:
+        env = {**os.environ, 'HF_ENDPOINT': address, 'HF_HOME': str(tmp_path / 'cache'), 'HF_HUB_OFFLINE': '0'}
+        subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=300)
+    found = load_file(tmp_path / 'out' / 'model.safetensors')
+    assert found.keys() == state.keys() and all(torch.equal(found[key], value) for key, value in state.items())
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'license: apache-2.0' in card and f'# {NAME}.linear_in1k' in card and 'top-1 74.6 %' in card
 
 
 def test_the_classifier_may_be_missing_or_another_one(run, tmp_path):

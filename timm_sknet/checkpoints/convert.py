@@ -125,7 +125,7 @@ def check_and_cast(state: Dict[str, Tensor], dtype: torch.dtype) -> Dict[str, Te
     checked = {}
     for key, value in state.items():
         counter = key.endswith('num_batches_tracked')
-        if value.dtype not in (INTEGERS if counter else FLOATS):
+        if value.dtype not in FLOATS and not (counter and value.dtype in INTEGERS):
             raise ValueError(f'the dtype of {key} is {value.dtype}, which is not supported for weights.')
         wanted = torch.int64 if counter else torch.float32 if key.endswith(STATISTICS) else dtype
         checked[key] = value.detach().to(wanted).clone(memory_format=torch.contiguous_format)

@@ -34,7 +34,20 @@ def text_file(start: bytes) -> str:
         )
     if start.lstrip().startswith(b'{'):
         return 'this is a JSON file. Pass the path of the weights file.'
-    return 'this is a text file, perhaps a prototxt or a web page. Caffe weights are in a .caffemodel file.'
+    return (
+        'this is a text file, perhaps a prototxt or a web page. Caffe weights are in a .caffemodel file, those of '
+        'TensorFlow in a checkpoint with an .index file.'
+    )
+
+
+def binary_file(start: bytes) -> str:
+    """Says what a file with this start is; returns '' if it is unknown."""
+    kinds = {
+        b'\x1f\x8b': 'this is a gzip file. Decompress it first.',
+        b'\x89HDF': 'this is an HDF5 file, perhaps of Keras, which is not supported.',
+        b'\x93NUMPY': 'this is a NumPy array. Expected a state dict: all tensors of the model by their names.',
+    }
+    return next((what for magic, what in kinds.items() if start.startswith(magic)), '')
 
 
 def archive(names: Sequence[str]) -> str:

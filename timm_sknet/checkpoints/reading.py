@@ -18,7 +18,6 @@ from typing import IO, Any, Dict, List, Literal, Mapping, Optional, Sequence, Tu
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
@@ -30,6 +29,7 @@ from timm_sknet.checkpoints.diagnosis import SAVE_ALONE, list_names
 from timm_sknet.checkpoints.tensorflow import find_prefix, read_checkpoint
 from timm_sknet.folding import is_folded
 from timm_sknet.keys import PYTORCH, SIMCLR, TIMM, detect_origin, native_keys, rename_blobs, rename_variables
+from timm_sknet.loading import download_first, is_truncated
 from timm_sknet.network import SKNet, SKNetCfg
 from timm_sknet.sknets import CAFFE_INPUT, default_cfgs, model_cfgs
 from timm_sknet.sknets import weights as known_weights
@@ -123,8 +123,12 @@ def read(source: str, arch: str, ema: bool = True) -> Source:
         start = file.read(256)
     if not start:
         raise ValueError('the file is empty.')
-    if text := diagnosis.text_file(start):
-        raise ValueError(text)
+    if other := diagnosis.text_file(start) or diagnosis.binary_file(start):
+        raise ValueError(other)
+    if path.suffix == '.pb':
+        raise ValueError(
+            'this is a TensorFlow graph. Pass the checkpoint, such as variables/variables of a SavedModel.'
+        )
     if start[8:9] == b'{':
         weights = _describe(_load_safetensors(path), path)
         config = path.with_name('config.json')
@@ -207,7 +211,7 @@ def _matching_part(source: Source) -> str:
     if not name:
         return ''
     return (
-        f'Only the tensors under {prefix} look like {name}. Save them alone, without this prefix: '
+        f'The tensors under {prefix} look like {name}. Save them alone, without this prefix: '
         f'{{key.removeprefix({prefix!r}): value for key, value in state_dict.items() if key.startswith({prefix!r})}}.'
     )
 
@@ -250,6 +254,8 @@ def _rename_and_check(source: Source, arch: str) -> Tuple[Dict[str, Tensor], Dic
 
     expected = shapes(arch, len(state), num_classes=classes, **args)
     own = f'{len(state.keys() & expected.keys())} of its {len(state)} tensors are known'
+    if state.keys() != source.tensors.keys():
+        own += ' (under the names of this package)'
     state = {key: torch.tensor(0) for key in expected if key.endswith('num_batches_tracked')} | state
     names = {'missing': expected.keys() - state.keys(), 'unexpected': state.keys() - expected.keys()}
     problems = [f'{problem} tensors: {list_names(found)}' for problem, found in names.items() if found]
@@ -311,21 +317,26 @@ def _read_tensorflow(prefix: Path) -> Source:
 
 
 def _read_repository(repo: str, revision: Optional[str], arch: str, ema: bool) -> Source:
+    listed = [(name, known.cfg) for name, known in known_weights.items() if known.cfg.get('hf_hub_id') == repo]
+    name, known = listed[0] if listed else ('', {})
+    model, _, tag = name.partition('.')
+    names, config = ['model.safetensors', 'pytorch_model.bin'], None
+    bare = known.get('hf_hub_filename', '').endswith('.pth')  # SimCLRv2: no config.json
     try:
-        try:
-            path = Path(hf_hub_download(repo, 'model.safetensors', revision=revision))
-        except EntryNotFoundError:
-            path = Path(hf_hub_download(repo, 'pytorch_model.bin', revision=revision))
-        config = Path(hf_hub_download(repo, 'config.json', revision=revision))
+        path = Path(download_first(repo, [known['hf_hub_filename']] if bare else names, revision))
+        if not bare:
+            config = Path(hf_hub_download(repo, 'config.json', revision=revision))
     except (ValueError, OSError) as e:  # the errors of huggingface_hub are OSErrors
         raise ValueError(
             'no such file, and no such model can be downloaded from the Hub: model.safetensors or pytorch_model.bin, '
             f'and config.json ({e}).'
         ) from e
-    pickled = path.suffix == '.bin'
+    pickled = path.suffix != '.safetensors'
     source = _read_checkpoint(path, arch, ema) if pickled else _describe(_load_safetensors(path), path)
-    source = _with_config(source, config)
-    tag = next((name.split('.')[1] for name, known in known_weights.items() if known.cfg.get('hf_hub_id') == repo), '')
+    if config:
+        source = _with_config(source, config)
+    else:
+        source = replace(source, arch=model, cfg={key: value for key, value in known.items() if key in DESCRIPTION})
     return replace(source, what=f'{repo} on the Hugging Face Hub', tag=tag)
 
 
@@ -460,6 +471,8 @@ def _unpickle(path: Path) -> Any:
                     for entry in archive.infolist():
                         if entry.filename.lower().endswith('data.pkl'):  # torch finds it by this name
                             _check_pickle(archive.open(entry))
+            elif is_truncated(path):
+                raise Refused('the file is truncated. Download or copy it again.')
             else:
                 with path.open('rb') as file:
                     for _ in range(5):  # magic number, version, system, content, storage keys
@@ -522,6 +535,8 @@ def _describe(state: Any, path: Path) -> Source:
     if not all(isinstance(key, str) for key in state):
         raise ValueError('not a state dict: some of its keys are not text.')
     state = _without_attributes(state)
+    if not state:
+        raise ValueError('not a state dict: it is empty.')
     others = {key for key, value in state.items() if not isinstance(value, Tensor) or value.is_meta}
     if others:
         raise ValueError(

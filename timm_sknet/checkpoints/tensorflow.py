@@ -49,7 +49,7 @@ def find_prefix(path: Path) -> Optional[Path]:
     """Returns the prefix of the checkpoint at a path, or None if there is no TensorFlow checkpoint.
 
     Args:
-        path: PREFIX, PREFIX.index, PREFIX.data-00000-of-00001, the folder with these files, or TensorFlow's file
+        path: PREFIX, PREFIX.index or another file of the checkpoint, the folder with these files, or TensorFlow's file
             `checkpoint` in it, which names the latest checkpoint of the folder.
 
     Raises:
@@ -67,8 +67,10 @@ def find_prefix(path: Path) -> Optional[Path]:
         if len(names) > 1:
             raise ValueError(f'the folder contains several checkpoints: {", ".join(names)}. Pass the path of one.')
         return path / names[0] if names else None
-    if path.is_file() and (parts := re.fullmatch(r'(.+)(\.index|\.data-\d{5}-of-\d{5})', path.name)):
+    if path.is_file() and (parts := re.fullmatch(r'(.+)\.(index|meta|data-\d{5}-of-\d{5})', path.name)):
         return path.with_name(parts[1])
+    if re.fullmatch(r'.+\.ckpt-\d+', path.name) and not path.exists():  # a prefix, also if its files are missing
+        return path
     return path if Path(f'{path}.index').is_file() else None
 
 
