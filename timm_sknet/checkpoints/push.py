@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Optional
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import HfHubHTTPError
 
 from timm_sknet import __version__
 from timm_sknet.checkpoints.card import REPOSITORY, UNSTATED
