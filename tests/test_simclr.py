@@ -12,6 +12,7 @@ import torch
 from conftest import trained
 from hub import hub
 from simclr_reference import to_hub
+from versions import since
 
 from timm_sknet.network import ShortcutPool
 from timm_sknet.sknets import model_cfgs, weights
@@ -63,6 +64,7 @@ def test_initialisation_is_googles():
     assert not unit.conv3.bn.weight.any() and unit.conv1.bn.weight.eq(1).all()
 
 
+@since('torch', '2.9', 'it exports average pools for all sizes')
 @torch.no_grad()
 def test_exported_networks_are_exact_at_even_and_odd_sizes(tmp_path):
     model = trained(timm.create_model('sk_resnet50x1_simclr', **NARROW))
