@@ -1,5 +1,6 @@
 """The command line, mostly called in the process of the tests."""
 
+import io
 import json
 import os
 import re
@@ -326,6 +327,69 @@ def test_ctrl_c_leaves_no_traceback(capsys, monkeypatch):
     assert run(capsys, 'predict') == (130, '', '')
 
 
+@pytest.fixture
+def stdout(monkeypatch):
+    """Replaces stdout by a file on a full disk, without a buffer, with one, or by None, which is a closed stream."""
+
+    def replace(kind):
+        buffering = {'full': -1, 'full without buffer': 1}.get(kind)
+        monkeypatch.setattr(sys, 'stdout', buffering and open('/dev/full', 'w', buffering))
+
+    return replace
+
+
+full_disk = pytest.mark.skipif(not os.path.exists('/dev/full'), reason='There is no /dev/full.')
+UNWRITABLE = {'full': 'No space left on device', 'full without buffer': 'No space left on device', 'closed': 'closed'}
+
+
+@full_disk
+@pytest.mark.parametrize('kind', UNWRITABLE)
+@pytest.mark.parametrize('command', ['predict', 'predict --json', 'models', 'recipe'])
+def test_output_that_cannot_be_written_ends_in_one_line(capfd, stdout, monkeypatch, model, command, kind):
+    monkeypatch.setattr('timm_sknet.table.model_table', list)
+    stdout(kind)
+    assert main([*command.split(), *(['--model', model] if 'predict' in command else [])]) == 2
+    assert re.fullmatch(
+        f'timm-sknet: Cannot write to standard output: .*{UNWRITABLE[kind]}.*\n', capfd.readouterr().err
+    )
+
+
+@full_disk
+@pytest.mark.parametrize('kind', UNWRITABLE)
+def test_a_line_of_success_that_cannot_be_written_does_not_change_the_success(capfd, stdout, tmp_path, kind):
+    weights = Path(timm_sknet.__file__).parent / 'weights' / 'sknet12.cifar10.safetensors'
+    for argv in (
+        ['convert', weights, tmp_path / 'folder', '--arch', 'sknet12'],
+        ['attention', predict.PHOTOS / 'cat.jpg', '--out', tmp_path / 'figure.png'],
+    ):
+        stdout(kind)
+        assert (main(list(map(str, argv))), capfd.readouterr().err) == (0, '')
+    assert (tmp_path / 'folder' / 'config.json').is_file() and (tmp_path / 'figure.png').is_file()
+
+
+@full_disk
+@pytest.mark.parametrize('redirection', ['>&-', '>/dev/full 2>/dev/full'])
+def test_a_process_with_streams_that_cannot_be_written_ends_with_exit_code_2(redirection):
+    env = {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
+    command = f'"$0" -m timm_sknet recipe {redirection}'
+    done = subprocess.run(['sh', '-c', command, sys.executable], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == ('2>' not in redirection)
+
+
+@pytest.mark.parametrize(
+    'encoding, expected', [('ascii', '\\u732b \\xe9'), ('latin-1', '\\u732b é'), ('utf-8', '猫 é')]
+)
+def test_letters_that_the_encoding_lacks_are_escaped(monkeypatch, tmp_path, encoding, expected):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, 'stdout', stream)
+    model = write_model(tmp_path, 1, ['猫 é'])
+    (tmp_path / '猫 é.jpg').write_bytes((predict.PHOTOS / 'cat.jpg').read_bytes())
+    assert main(['predict', str(tmp_path), '--model', model]) == 0
+    assert stream.buffer.getvalue().decode(encoding) == f'{tmp_path}/{expected}.jpg\n  100.0%  {expected}\n'
+    assert stream.errors == 'strict'
+
+
 def test_a_closed_pipe_leaves_no_traceback(model):
     command = [sys.executable, '-m', 'timm_sknet', 'predict', '--model', model]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -346,14 +410,6 @@ def test_a_file_name_that_is_not_text_can_be_printed(capsys, model, tmp_path):
     code, out, _ = run(capsys, 'predict', tmp_path / name, '--model', model)
     assert code == 0
     assert '\\udcff.png\n' in out
-
-
-def test_a_file_name_that_the_encoding_of_the_output_lacks_can_be_printed(model, tmp_path):
-    Image.new('RGB', (32, 32)).save(tmp_path / 'große Katze.png')
-    command = [sys.executable, '-m', 'timm_sknet', 'predict', str(tmp_path), '--model', model]
-    done = subprocess.run(command, env=os.environ | {'PYTHONIOENCODING': 'ascii'}, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, '')
-    assert 'gro\\xdfe Katze.png\n' in done.stdout
 
 
 def test_version_and_help(capsys):

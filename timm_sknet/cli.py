@@ -6,10 +6,12 @@ import json
 import os
 import signal
 import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Iterator, Optional, Sequence, TextIO
 
 from timm_sknet import __version__
 
@@ -29,23 +31,57 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         The exit code, see `EXIT_CODES`; 130 after Ctrl-C and 141 if stdout was closed, as in shells.
     """
-    args = _parser().parse_args(argv)
-    before = signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # exits by an exception, so that temporary files are removed
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
-        sys.stdout.reconfigure(errors='backslashreplace')  # names may have characters that its encoding lacks
+    with _terminated_by_exception(), _streams_for_any_text():
+        try:
+            try:
+                args = _parser().parse_args(argv)
+                return args.run(args)
+            finally:
+                sys.stdout.flush()  # detects a closed pipe here, not at exit, where Python prints an error
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            _discard(sys.stdout)
+            return 141
+        except OSError as e:  # of stdout: the commands report all others
+            _discard(sys.stdout)
+            return _fail(OSError(f'Cannot write to standard output: {e.strerror or "it is closed"}.'))
+
+
+@contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """Context manager in which SIGTERM raises SystemExit, so that temporary files are removed."""
+    if threading.current_thread() is not threading.main_thread():  # other threads cannot handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        code = args.run(args)
-        sys.stdout.flush()  # detects a closed pipe here, not at exit, where Python prints an error
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes the rest of the buffer at exit
-        return 141
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
-    return code
+
+
+@contextmanager
+def _streams_for_any_text() -> Iterator[None]:
+    """Context manager in which stdout escapes the characters that its encoding lacks, and closed streams are files."""
+    stdout, stderr = sys.stdout, sys.stderr
+    errors = stdout.errors if isinstance(stdout, io.TextIOWrapper) else None
+    # Python has None for a closed stream
+    sys.stdout = stdout or open(os.devnull, encoding='utf-8')  # opened for reading: writing raises an OSError
+    sys.stderr = stderr or open(os.devnull, 'w', encoding='utf-8', errors='backslashreplace')
+    try:
+        if isinstance(stdout, io.TextIOWrapper):
+            stdout.reconfigure(errors='backslashreplace')
+        yield
+    finally:
+        if isinstance(stdout, io.TextIOWrapper):
+            stdout.reconfigure(errors=errors)
+        sys.stdout, sys.stderr = stdout, stderr
+
+
+def _discard(stream: TextIO) -> None:
+    """Discards what is in the buffer of a stream that cannot be written. Python would write it again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -218,7 +254,18 @@ def _integer(text: str, minimum: int = 0) -> int:
 def _print_error(message: str) -> None:
     from huggingface_hub.utils import tqdm
 
-    tqdm.write(f'timm-sknet: {message}', file=sys.stderr)  # does not break a progress bar
+    try:
+        tqdm.write(f'timm-sknet: {message}', file=sys.stderr)  # does not break a progress bar
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _print_done(message: str) -> None:
+    """Prints what the command has done. An error of stdout is not an error of the command."""
+    try:
+        print(message, flush=True)
+    except OSError:
+        _discard(sys.stdout)
 
 
 def _fail(error: BaseException) -> int:
@@ -295,7 +342,7 @@ def _attention(args: argparse.Namespace) -> int:
         return _fail(e)
     if not drawn:
         return 2
-    print(f'Wrote {args.out}.')
+    _print_done(f'Wrote {args.out}.')
     return 1 if failed else 0
 
 
@@ -340,7 +387,7 @@ def _convert(args: argparse.Namespace) -> int:
         )
     except (ValueError, OSError, SafetensorError, ImportError, MemoryError) as e:
         return _fail(e)
-    print(f'Wrote {args.out}. Load it with timm.create_model({f"local-dir:{args.out}"!r}, pretrained=True).')
+    _print_done(f'Wrote {args.out}. Load it with timm.create_model({f"local-dir:{args.out}"!r}, pretrained=True).')
     return 0
 
 
@@ -351,7 +398,7 @@ def _push(args: argparse.Namespace) -> int:
         name = push(args.folder, args.repo, private=args.private, revision=args.revision)
     except (ValueError, OSError) as e:
         return _fail(e)
-    print(f'Pushed. Load it with timm.create_model({name!r}, pretrained=True).')
+    _print_done(f'Pushed. Load it with timm.create_model({name!r}, pretrained=True).')
     return 0
 
 
