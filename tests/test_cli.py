@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -170,9 +171,9 @@ def test_images_reach_a_model_on_a_cpu_in_channels_last(name):
     torch.testing.assert_close(probabilities, expected)
 
 
-def test_predictions_are_those_of_the_model_on_timms_preprocessing(capsys, model, images, monkeypatch):
-    monkeypatch.setattr(predict, 'BATCH_SIZE', 2)  # several batches, the last one not full
-    code, found, err = run_json(capsys, images, '--model', model)
+def test_predictions_are_those_of_the_model_on_timms_preprocessing(capsys, model, images):
+    # several batches, the last one not full
+    code, found, err = run_json(capsys, images, '--model', model, '--batch-size', 2)
     assert (code, err) == (0, '')
     names = ['a.jpg', 'b.PNG', 'sub/alpha.webp', 'sub/grey.jpeg', 'sub/palette.bmp']
     assert [result['file'] for result in found] == [str(images / name) for name in names]
@@ -187,16 +188,6 @@ def test_predictions_are_those_of_the_model_on_timms_preprocessing(capsys, model
         assert [p['label'] for p in predictions] == [LABELS[p['index']] for p in predictions]
         probabilities = torch.tensor([p['probability'] for p in predictions])
         torch.testing.assert_close(probabilities, expected.sort(descending=True).values)
-
-
-def test_exif_orientation_is_ignored_as_in_timms_readers(capsys, model, tmp_path):
-    picture = Image.open(predict.PHOTOS / 'horse.jpg')
-    exif = picture.getexif()
-    picture.save(tmp_path / 'as_is.png')
-    exif[0x0112] = 6  # turned by 90 degrees
-    picture.save(tmp_path / 'turned.png', exif=exif)
-    _, (as_is, turned), _ = run_json(capsys, tmp_path, '--model', model)
-    assert as_is['predictions'] == turned['predictions']
 
 
 def test_topk_is_clipped_to_the_number_of_classes(capsys, model, images):
@@ -235,7 +226,7 @@ BAD = {
     ),
     'bomb.png': (write_bomb, 'decompression bomb'),
     'deep.png': (lambda path: Image.new('I;16', (40, 40), 30000).save(path), 'not supported. .* 8 bits'),
-    'folder': (lambda path: path.mkdir(), r'no image in this folder.*\.jpeg'),
+    'folder': (lambda path: path.mkdir(), r'no image in this folder.*\.jpg'),
 }
 
 
@@ -319,8 +310,51 @@ def test_progress_is_shown_for_many_images_on_a_terminal_only(capsys, monkeypatc
     assert run(capsys, 'predict', *many[:3], '--model', model)[2] == ''
 
 
+@pytest.mark.parametrize('device', ['cuda:99', 'no-device'])
+def test_a_device_that_is_not_available_ends_in_one_line(capsys, model, device):
+    code, out, err = run(capsys, 'predict', '--model', model, '--device', device)
+    assert (code, out) == (2, '')
+    assert re.fullmatch(f"timm-sknet: Device '{device}' cannot be used: .*Use --device cpu.\n", err)
+
+
+def test_links_and_folders_that_cannot_be_read_are_named(capsys, model, images):
+    (images / 'class').symlink_to('nowhere')
+    code, found, err = run_json(capsys, images, '--model', model)
+    assert (code, len(found)) == (1, 5)
+    assert err == f'timm-sknet: {images}/class: broken link: No such file or directory\n'
+
+
+def test_orientation_and_transparency_change_predictions(capsys, model, tmp_path):
+    picture = Image.open(predict.PHOTOS / 'horse.jpg').convert('RGB')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / 'a.png')
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / 'b.png', exif=exif)
+    picture.putalpha(0)
+    picture.save(tmp_path / 'c.png')
+    Image.new('RGB', picture.size, 'white').save(tmp_path / 'd.png')
+    code, found, err = run_json(capsys, tmp_path, '--model', model)
+    assert (code, err) == (0, '')
+    upright, turned, transparent, white = (result['predictions'] for result in found)
+    assert upright == turned and transparent == white and upright != white
+
+
+def test_large_photographs_are_classified_without_a_warning(capsys, monkeypatch, model, recwarn):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10_000)  # the photographs have more pixels
+    code, _, err = run(capsys, 'predict', '--model', model)
+    assert (code, err, list(recwarn)) == (0, '', [])
+
+
+def test_help_says_where_the_preprocessing_differs_from_timms(capsys):
+    for command in 'predict', 'attention':
+        with pytest.raises(SystemExit):
+            main([command, '--help'])
+        said = ' '.join(capsys.readouterr().out.split())
+        assert 'EXIF orientation' in said and 'transparent pixels become white' in said and 'validate.py' in said
+
+
 def test_ctrl_c_leaves_no_traceback(capsys, monkeypatch):
-    def interrupt(name):
+    def interrupt(name, device):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(predict, 'load_model', interrupt)
@@ -390,6 +424,12 @@ def test_letters_that_the_encoding_lacks_are_escaped(monkeypatch, tmp_path, enco
     assert stream.errors == 'strict'
 
 
+def test_the_command_runs_in_a_thread(capsys, model):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(main, ['predict', '--model', model, '--batch-size', '1', '--workers', '1']).result() == 0
+    assert len(re.findall(r'\.jpg\n', capsys.readouterr().out)) == len(ANSWERS)
+
+
 def test_a_closed_pipe_leaves_no_traceback(model):
     command = [sys.executable, '-m', 'timm_sknet', 'predict', '--model', model]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -434,6 +474,13 @@ def test_a_model_that_fails_on_the_images_ends_in_one_line(capsys, monkeypatch, 
     code, out, err = run(capsys, 'predict', '--model', model)
     assert (code, out) == (2, '')
     assert re.fullmatch('timm-sknet: .*ZeroDivisionError.*\n', err)
+
+
+def test_a_model_that_fails_in_a_worker_ends_in_one_line(capsys, monkeypatch, model):
+    monkeypatch.setattr('timm_sknet.network.SKNet.forward', lambda self, x: 1 / 0)
+    code, out, err = run(capsys, 'predict', '--model', model, '--workers', 1)
+    assert (code, out) == (2, '')
+    assert re.fullmatch('timm-sknet: Model .* failed on the images: ZeroDivisionError: division by zero\n', err)
 
 
 def test_recipes_are_listed_and_found(capsys):

@@ -11,14 +11,19 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Iterator, Optional, Sequence, TextIO
+from typing import Iterator, List, Optional, Sequence, TextIO
 
 from timm_sknet import __version__
 
 DEFAULT_MODEL = 'sknet12.cifar10'
 EXIT_CODES = (
-    'Exit code: 0 if all images were processed, 1 if some could not be read (they are named on stderr), 2 if the '
-    'command stopped with an error or processed no image.'
+    'Exit code: 0 if all images were processed, 1 if some images, folders or links could not be read (they are named '
+    'on stderr), 2 if the command stopped with an error or processed no image.'
+)
+PREPROCESSING = (
+    'Folders are searched for all image formats that Pillow opens. Links are followed. Hidden files and folders are '
+    'left out. Images are rotated as their EXIF orientation says, and transparent pixels become white. For images '
+    "without EXIF orientation and transparency, the preprocessing is that of timm's validate.py."
 )
 
 
@@ -89,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
 
-    predict = commands.add_parser('predict', help='classify images', description='Classify images.', epilog=EXIT_CODES)
+    predict = commands.add_parser(
+        'predict', help='classify images', description=f'Classify images. {PREPROCESSING}', epilog=EXIT_CODES
+    )
     predict.set_defaults(run=_predict)
     predict.add_argument(
         'paths',
@@ -112,6 +119,11 @@ def _parser() -> argparse.ArgumentParser:
         help='number of classes to show for each image (default: %(default)s)',
     )
     predict.add_argument('--json', action='store_true', help='print a JSON list of {file, predictions}')
+    _add_speed_options(
+        predict,
+        workers='number of processes that read images, and run the model if it is on a CPU (default: one for each CPU '
+        'core, or 0 if there is only one batch)',
+    )
 
     attention = commands.add_parser(
         'attention',
@@ -120,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         'are enlarged about their centre, as in the figures of the paper. For image files, plot each image: all units, '
         'and the channels of one unit. For a folder, plot means over the images: all units, and each class in some '
         'units. The class of an image is the name of its folder. To continue an interrupted run over a folder, repeat '
-        'the command.',
+        f'the command. {PREPROCESSING}',
         epilog=EXIT_CODES,
     )
     attention.set_defaults(run=_attention)
@@ -154,12 +166,9 @@ def _parser() -> argparse.ArgumentParser:
         help='SK units to plot in detail, such as SK_3_2: per class for a folder, per channel for images (default: '
         'units shown in the paper)',
     )
-    attention.add_argument(
-        '--workers',
-        type=_integer,
-        default=0,
-        metavar='N',
-        help='number of processes that read images (default: %(default)s)',
+    _add_speed_options(
+        attention,
+        workers='number of processes that read images (default: one for each CPU core, or 0 if the model is on a CPU)',
     )
 
     models = commands.add_parser(
@@ -245,6 +254,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_speed_options(parser: argparse.ArgumentParser, workers: str) -> None:
+    parser.add_argument(
+        '--device',
+        metavar='NAME',
+        help='such as cpu or cuda:1 (default: the accelerator that torch detects, or the CPU)',
+    )
+    parser.add_argument(
+        '--batch-size',
+        type=partial(_integer, minimum=1),
+        default=32,
+        metavar='B',
+        help='largest number of images in a forward pass (default: %(default)s)',
+    )
+    parser.add_argument('--workers', type=_integer, metavar='N', help=workers)
+
+
 def _integer(text: str, minimum: int = 0) -> int:
     if not (text.isdecimal() and int(text) >= minimum):
         raise argparse.ArgumentTypeError(f'must be an integer of at least {minimum}, got {text!r}')
@@ -275,45 +300,51 @@ def _fail(error: BaseException) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
+    from timm_sknet.images import pillow_for_photographs
+
+    with pillow_for_photographs():
+        return _print_predictions(args)
+
+
+def _print_predictions(args: argparse.Namespace) -> int:
     from huggingface_hub.utils import tqdm
 
     from timm_sknet.images import find_images
-    from timm_sknet.predict import BATCH_SIZE, PHOTOS, classify, load_model
+    from timm_sknet.predict import PHOTOS, classify, load_model
 
-    files, done, failed = [], 0, 0
-    for path in args.paths or [PHOTOS]:
-        try:
-            files += find_images(path)
-        except ValueError as e:
-            failed += 1
-            _print_error(str(e))
+    failed: List[ValueError] = []
+
+    def on_error(error: ValueError) -> None:
+        failed.append(error)
+        _print_error(str(error))
+
+    files = [file for path in args.paths or [PHOTOS] for file in find_images(path, on_error)]
     if not files:
         return 2
     try:
-        model = load_model(args.model)
+        model = load_model(args.model, args.device)
     except (RuntimeError, ValueError) as e:
-        _print_error(str(e))
-        return 2
+        return _fail(e)
 
-    found = []
+    found, done = [], 0
     # disable=None shows the bar only on a terminal
-    bar = tqdm(total=len(files), unit='image', leave=False, disable=None if len(files) > BATCH_SIZE else True)
-    results = classify(model, files, args.topk)
+    bar = tqdm(total=len(files), unit='image', leave=False, disable=None if len(files) > args.batch_size else True)
+    results = classify(model, files, args.topk, args.batch_size, args.workers)
     while True:
         try:
             file, predictions = next(results)
         except StopIteration:
             break
         except Exception as e:  # a third-party model may fail on the input of its own cfg
-            _print_error(f'Model {args.model!r} failed on the images: {e!r}')
-            return 2
+            # an error in a worker comes with its traceback
+            reason = str(e).strip().splitlines()[-1] if 'Original Traceback' in str(e) else repr(e)
+            return _fail(RuntimeError(f'Model {args.model!r} failed on the images: {reason}'))
         bar.update()
-        name = str(file).encode(errors='backslashreplace').decode()  # a name may contain bytes that are not text
         if isinstance(predictions, ValueError):
-            failed += 1
-            _print_error(str(predictions))
+            on_error(predictions)
             continue
         done += 1
+        name = str(file).encode(errors='backslashreplace').decode()  # a name may contain bytes that are not text
         if args.json:
             found.append({'file': name, 'predictions': [asdict(p) for p in predictions]})
         else:
@@ -327,17 +358,28 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _attention(args: argparse.Namespace) -> int:
     from timm_sknet.attention.draw import draw
+    from timm_sknet.images import pillow_for_photographs
 
-    failed = []
+    failed: List[ValueError] = []
 
     def on_error(error: ValueError) -> None:
         failed.append(error)
         _print_error(str(error))
 
     try:
-        drawn = draw(
-            args.paths, args.model, args.out, args.csv, args.scales, args.units, args.workers, on_error=on_error
-        )
+        with pillow_for_photographs():
+            drawn = draw(
+                args.paths,
+                args.model,
+                args.out,
+                args.csv,
+                args.scales,
+                args.units,
+                args.workers,
+                on_error=on_error,
+                device=args.device,
+                batch_size=args.batch_size,
+            )
     except (ImportError, OSError, RuntimeError, ValueError) as e:
         return _fail(e)
     if not drawn:

@@ -2,20 +2,20 @@
 
 import difflib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Iterator, List, Sequence, Tuple, Union
+from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
 from huggingface_hub.utils import LocalEntryNotFoundError
-from timm.data import create_transform, resolve_data_config
-from torch import nn
+from timm.data import resolve_data_config
+from torch import Tensor, nn
 
-from timm_sknet.images import read_image
+from timm_sknet.images import BATCH_SIZE, ImageFiles, load_batches
 from timm_sknet.labels import class_names
 
 PHOTOS = Path(__file__).parent / 'photos'
-BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,16 @@ class Prediction:
     probability: float
 
 
-def load_model(name: str) -> nn.Module:
+def load_model(name: str, device: Optional[str] = None) -> nn.Module:
     """Loads a classifier with its pretrained weights, in eval mode.
 
     Args:
         name: A registered name, 'hf-hub:ORG/REPO' or 'local-dir:FOLDER'.
+        device: Where the model runs, such as 'cpu'. None for the accelerator that torch detects, or the CPU.
 
     Raises:
-        RuntimeError: If the model or its weights do not exist or cannot be loaded. The message names the remedy.
+        RuntimeError: If the model or its weights do not exist or cannot be loaded, or if the device is not available.
+            The message names the remedy.
         ValueError: If the model is not an image classifier.
     """
     try:
@@ -56,7 +58,12 @@ def load_model(name: str) -> nn.Module:
     channels = resolve_data_config({}, model=model)['input_size'][0]
     if channels not in (1, 3):
         raise ValueError(f'Model {name!r} takes images with {channels} channels. Choose a model for 3 or 1 channels.')
-    return model.eval()
+    chosen = device or torch.accelerator.current_accelerator(check_available=True) or 'cpu'
+    try:
+        return model.eval().to(chosen)
+    except Exception as e:  # each backend has its own errors
+        reason = str(e).strip().split('\n')[0].rstrip('.')
+        raise RuntimeError(f'Device {str(chosen)!r} cannot be used: {reason}. Use --device cpu.') from e
 
 
 def fast_layout(model: nn.Module) -> torch.memory_format:
@@ -71,10 +78,22 @@ def fast_layout(model: nn.Module) -> torch.memory_format:
     return torch.channels_last
 
 
+def _most_probable(
+    model: nn.Module, layout: torch.memory_format, topk: int, images: Tensor
+) -> List[List[Tuple[float, int]]]:
+    """Returns the probabilities and indices of the most probable classes of each image."""
+    with torch.inference_mode():
+        x = images.to(next(model.parameters()).device, memory_format=layout)
+        top = model(x).float().softmax(-1).topk(topk)
+    return [list(zip(*row)) for row in zip(top.values.tolist(), top.indices.tolist())]
+
+
 def classify(
     model: nn.Module,
     files: Sequence[Path],
     topk: int = 5,
+    batch_size: int = BATCH_SIZE,
+    workers: Optional[int] = 0,
 ) -> Iterator[Tuple[Path, Union[List[Prediction], ValueError]]]:
     """Classifies files in batches, preprocessed as the model's cfg says.
 
@@ -82,28 +101,21 @@ def classify(
         model: A classifier in eval mode. On a CPU, its weights are converted to channels_last.
         files: Images in any format that Pillow reads.
         topk: Number of classes for each image, or all if there are fewer.
+        batch_size: Number of images in a forward pass.
+        workers: Number of processes that read images, as for `load_batches`. On a CPU, each of them also runs the model
+            on its batches, which is faster than a model that shares the CPU cores with them.
 
     Yields:
-        Each file with its most probable classes, the best first, or with the error that says why it cannot be read. The
-        files keep their order, but errors are yielded before the other files of their batch.
+        Each file with its most probable classes, the best first, or with the error that says why it cannot be read.
     """
-    config = resolve_data_config({}, model=model)
-    transform = create_transform(**config)
-    mode = 'RGB' if config['input_size'][0] == 3 else 'L'  # as in timm's validate.py
     names, layout = class_names(model), fast_layout(model)
-    for start in range(0, len(files), BATCH_SIZE):
-        batch = []
-        for file in files[start : start + BATCH_SIZE]:
-            try:
-                batch.append((file, transform(read_image(file, mode))))
-            except ValueError as e:
-                yield file, e
-            except Exception as e:  # for example out of memory, for an image of extreme proportions
-                yield file, ValueError(f'{file}: cannot be preprocessed: {e!r}')
-        if batch:
-            images = torch.stack([x for _, x in batch]).to(memory_format=layout)
-            with torch.inference_mode():
-                probabilities = model(images).float().softmax(-1)
-            top = probabilities.topk(min(topk, len(names)))
-            for (file, _), values, indices in zip(batch, top.values.tolist(), top.indices.tolist(), strict=True):
-                yield file, [Prediction(names[i], i, p) for p, i in zip(values, indices, strict=True)]
+    run = partial(_most_probable, model, layout, min(topk, len(names)))
+    on_cpu = next(model.parameters()).device.type == 'cpu'
+    remaining = iter(files)
+    finish = run if on_cpu else Tensor.numpy
+    for errors, found in load_batches(ImageFiles(model, files), batch_size, workers, finish):
+        if found is not None and not on_cpu:
+            found = run(torch.from_numpy(found))
+        rows = iter(found or ())
+        for error, file in zip(errors, remaining):
+            yield file, error or [Prediction(names[i], i, p) for p, i in next(rows)]

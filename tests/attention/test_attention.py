@@ -19,7 +19,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from timm_sknet import SelectiveKernelConv, attention
-from timm_sknet.attention import EnlargedImages, record, scale, scale_experiment, table
+from timm_sknet.attention import EnlargedImages, record, scale_experiment, table
 from timm_sknet.attention.figures import draw_classes
 from timm_sknet.cli import main
 
@@ -457,10 +457,9 @@ def test_workers_can_be_started_as_on_macos_and_windows(folder, model):
         multiprocessing.set_start_method(before, force=True)
 
 
-def test_an_interrupted_experiment_continues(folder, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(scale, 'BATCH_SIZE', 6)  # two images at three scales
+def test_an_interrupted_experiment_continues(folder, model, tmp_path):
     files, state = files_of(folder), tmp_path / 'state'
-    whole = scale_experiment(model, files)
+    whole = scale_experiment(model, files, batch_size=6)
     seen = []
 
     def interrupt(module, args):
@@ -470,14 +469,14 @@ def test_an_interrupted_experiment_continues(folder, model, tmp_path, monkeypatc
 
     handle = model.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        scale_experiment(model, files, state=state)
+        scale_experiment(model, files, state=state, batch_size=6)  # two images at three scales
     assert state.exists() and sum(seen) == 18
     handle.remove()
     kept = state.read_bytes()
 
     seen.clear()
     handle = model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    again = scale_experiment(model, files, state=state)
+    again = scale_experiment(model, files, state=state, batch_size=6)
     assert sum(seen) == 18 and not state.exists()
     assert torch.equal(again.difference, whole.difference) and torch.equal(again.extent, whole.extent)
     for name, profile in whole.profile.items():
@@ -630,8 +629,22 @@ def test_invalid_input_is_reported_in_one_line_and_writes_nothing(
     assert not list((tmp_path / 'here').iterdir())
 
 
+def test_folders_with_problems_do_not_stop_the_others(folder, tmp_path, capsys):
+    (tmp_path / 'empty').mkdir()
+    (folder / 'bird').symlink_to('nowhere')
+    (folder / 'hound').symlink_to('dog')
+    (folder / 'cat' / 'broken.png').unlink()
+    out, figures = tmp_path / 'figure.png', tmp_path / 'figures.csv'
+    options = ['--batch-size', 4, '--workers', 1, '--device', 'cpu', '--csv', figures]
+    code, _, err = run(capsys, tmp_path / 'empty', folder, f'{"x" * 300}.png', '--out', out, *options)
+    assert code == 1 and len(err.splitlines()) == 3
+    assert all(reason in err for reason in ('empty: no image', 'bird: broken link', 'x.png: cannot be read'))
+    with open(figures) as f:
+        assert {row['group'] for row in csv.DictReader(f)} == {'cat', 'dog', 'hound'}
+
+
 def test_a_model_without_units_cannot_be_drawn(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr('timm_sknet.predict.load_model', lambda name: timm.create_model('resnet18').eval())
+    monkeypatch.setattr('timm_sknet.predict.load_model', lambda name, device: timm.create_model('resnet18').eval())
     code, _, err = run(capsys, folder, '--out', tmp_path / 'figure.png')
     assert code == 2 and 'no SK unit' in err
 

@@ -8,19 +8,20 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from huggingface_hub.utils import tqdm
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Subset
 
 from timm_sknet.attention.recording import Unit, find_units, record
-from timm_sknet.images import read_image
-from timm_sknet.predict import BATCH_SIZE, fast_layout
+from timm_sknet.images import BATCH_SIZE, ImageFiles, load_batches
+from timm_sknet.predict import fast_layout
 
 SCALES = (1.0, 1.5, 2.0)
 SAVE_EVERY = 30  # seconds between two saves of the state
@@ -50,27 +51,20 @@ class ScaleResult:
     profile: Dict[str, Tensor]
 
 
-class EnlargedImages(Dataset):
+class EnlargedImages(ImageFiles):
     """Dataset of images, enlarged around their centre and preprocessed for a model: (S, C, H, W) for S scales.
 
     If an image cannot be read, the item is the ValueError with the reason.
     """
 
     def __init__(self, model: nn.Module, files: Sequence[Path], scales: Sequence[float]):
-        self.files = files
-        config = resolve_data_config({}, model=model)
-        self.mode = 'RGB' if config['input_size'][0] == 3 else 'L'
+        super().__init__(model, files)
         # with crop_pct / scale, the image is resized to `scale` times its usual size and then cropped as usual
-        self.transforms = [create_transform(**config | {'crop_pct': config['crop_pct'] / scale}) for scale in scales]
+        self.transforms = [
+            create_transform(**self.config | {'crop_pct': self.config['crop_pct'] / scale}) for scale in scales
+        ]
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> Union[Tensor, ValueError]:
-        try:
-            image = read_image(self.files[i], self.mode)
-        except ValueError as e:
-            return e
+    def preprocess(self, image: Image.Image) -> Tensor:
         return torch.stack([transform(image) for transform in self.transforms])
 
 
@@ -78,9 +72,10 @@ def scale_experiment(
     model: nn.Module,
     files: Sequence[Path],
     scales: Sequence[float] = SCALES,
-    workers: int = 0,
+    workers: Optional[int] = 0,
     state: Optional[Path] = None,
     on_error: Callable[[ValueError], Any] = lambda e: None,
+    batch_size: int = BATCH_SIZE,
 ) -> ScaleResult:
     """Records the attention as images are enlarged around their centre (paper, section 4.4). Shows a progress bar.
 
@@ -89,10 +84,12 @@ def scale_experiment(
             channels_last.
         files: The images. The class of an image is the name of its folder.
         scales: Different factors from 1 to `MOST_ENLARGED`.
-        workers: Number of processes that read images, in addition to this one.
+        workers: Number of processes that read images, as for `timm_sknet.images.load_batches`. None for 0 on a CPU,
+            because the model uses all cores there.
         state: File for the progress of an interrupted run. A later run with the same model, files and scales continues
             from it. The file is removed when the run is complete.
         on_error: Called with the error for each image that cannot be read. The result does not contain these images.
+        batch_size: Number of images in a forward pass. An image counts once for each scale.
 
     Raises:
         ValueError: If the scales are invalid, the model has no SK units, or no image can be read.
@@ -105,12 +102,10 @@ def scale_experiment(
     done = int(kept.pop('done', torch.tensor(0)))
     values = kept.pop('values', torch.full((len(files), 2, len(scales), len(find_units(model))), math.nan))
     device, layout = next(model.parameters()).device, fast_layout(model)
-    loader = DataLoader(
-        Subset(EnlargedImages(model, files, scales), range(done, len(files))),
-        batch_size=max(1, BATCH_SIZE // len(scales)),
-        num_workers=workers,
-        collate_fn=list,
-    )
+    if workers is None and device.type == 'cpu':
+        workers = 0
+    remaining = Subset(EnlargedImages(model, files, scales), range(done, len(files)))
+    batches = load_batches(remaining, max(1, batch_size // len(scales)), workers)
 
     def save() -> None:
         if state and done < len(files):
@@ -123,22 +118,20 @@ def scale_experiment(
             torch.inference_mode(),
             tqdm(total=len(files), initial=done, unit='image', leave=False, disable=None) as bar,
         ):
-            for batch in loader:
-                rows = [done + i for i, images in enumerate(batch) if isinstance(images, Tensor)]
-                if rows:
-                    x = torch.cat([images for images in batch if isinstance(images, Tensor)])
-                    model(x.to(device, memory_format=layout))
+            for errors, images in batches:
+                rows = [done + i for i, error in enumerate(errors) if not error]
+                if images is not None:
+                    model(torch.from_numpy(images).flatten(0, 1).to(device, memory_format=layout))
                     for u, unit in enumerate(units.values()):
                         a = unit.last.float().unflatten(0, (len(rows), len(scales))).cpu()
                         difference = unit.difference_of(a)
                         values[rows, 0, :, u] = difference.mean(-1)
                         values[rows, 1, :, u] = unit.extent_of(a).mean(-1)
                         kept[unit.name] = kept.get(unit.name, 0) + difference.sum(0, dtype=torch.float64)
-                for e in batch:
-                    if isinstance(e, ValueError):
-                        on_error(e)
-                done += len(batch)
-                bar.update(len(batch))
+                for error in filter(None, errors):
+                    on_error(error)
+                done += len(errors)
+                bar.update(len(errors))
                 if time.monotonic() > saved + SAVE_EVERY:
                     save()
                     saved = time.monotonic()
