@@ -58,7 +58,7 @@ def load_model(name: str, device: Optional[str] = None) -> nn.Module:
     channels = resolve_data_config({}, model=model)['input_size'][0]
     if channels not in (1, 3):
         raise ValueError(f'Model {name!r} takes images with {channels} channels. Choose a model for 3 or 1 channels.')
-    chosen = device or torch.accelerator.current_accelerator(check_available=True) or 'cpu'
+    chosen = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else 'cpu')
     try:
         return model.eval().to(chosen)
     except Exception as e:  # each backend has its own errors
