@@ -302,6 +302,7 @@ def test_the_accelerator_predicts_the_same(model, files, workers):
 
 
 def test_models_are_loaded_to_the_accelerator_that_torch_detects(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda check_available: torch.device('meta'))
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda: torch.device('meta'))
     assert next(load_model('sknet12.cifar10').parameters()).device.type == 'meta'
     assert next(load_model('sknet12.cifar10', 'cpu').parameters()).device.type == 'cpu'
