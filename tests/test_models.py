@@ -353,6 +353,19 @@ def test_checkpointing_changes_nothing(name):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize('memory_efficient', [False, True])
+@pytest.mark.parametrize('name', ['sknet26', 'sknet12', 'sk_shufflenetv2_x0_5'])  # the three kinds of units
+def test_full_backward_hooks_on_every_layer_are_called(name, memory_efficient):
+    """Such a hook forbids that the output of its layer is changed in place. opacus sets them."""
+    model = timm.create_model(name, memory_efficient=memory_efficient)
+    layers = {m for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
+    called = set()
+    for layer in layers:
+        layer.register_full_backward_hook(lambda layer, *gradients: called.add(layer))
+    model(torch.randn(2, 3, 32, 32, requires_grad=True)).mean().backward()
+    assert called == layers
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_layer_decay_groups_reach_every_parameter(name):
     model = meta(name)

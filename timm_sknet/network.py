@@ -207,7 +207,10 @@ class ResidualUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.drop_path(self.residual(x))
-        y += self.shortcut(x)  # in place, which avoids a new map: the residual is not needed again
+        if torch.is_grad_enabled():
+            y = y + self.shortcut(x)  # with full backward hooks on its layers, y must not be changed in place
+        else:
+            y += self.shortcut(x)  # in place, which avoids a new map: the residual is not needed again
         return self.act(y)
 
     def zero_init_last(self) -> None:
