@@ -106,6 +106,32 @@ def test_transformers_timm_backbone_with_an_output_stride():
     assert [m.shape[1:] for m in maps] == [(1024, 4, 4), (2048, 4, 4)]
 
 
+def test_transformers_trainer_on_a_converted_folder(folder, two_classes, tmp_path):
+    need('accelerate')  # required by Trainer
+    transformers = need('transformers')
+    transformers.set_seed(0)
+    model = transformers.AutoModelForImageClassification.from_pretrained(
+        folder, num_labels=2, ignore_mismatched_sizes=True
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    args = transformers.TrainingArguments(
+        tmp_path,
+        max_steps=10,
+        per_device_train_batch_size=16,
+        learning_rate=5e-3,
+        logging_steps=1,
+        use_cpu=True,
+        report_to='none',
+        save_strategy='no',
+    )
+    images = [{'pixel_values': x, 'labels': y} for x, y in zip(*two_classes)]
+    trainer = transformers.Trainer(model, args, train_dataset=images)
+    trainer.train()
+    losses = [entry['loss'] for entry in trainer.state.log_history if 'loss' in entry]
+    assert len(losses) == 10 and losses[-1] < losses[0] / 2
+    assert all((p != before[name]).any() for name, p in model.named_parameters())
+
+
 # Segmentation and detection
 
 
@@ -240,16 +266,19 @@ distributed.destroy_process_group()
 """
 
 
+def in_two_processes(folder, script, argument, batch):
+    """Runs a script with torchrun and returns what its processes saved."""
+    torch.save(batch, folder / 'batch.pt')
+    (folder / 'train.py').write_text(script)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    run = subprocess.run([*torchrun, 'train.py', argument], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-5000:]
+    return [torch.load(folder / f'{rank}.pt', weights_only=True) for rank in range(2)]
+
+
 @pytest.mark.parametrize('memory_efficient', [False, True])
 def test_torchrun_gives_two_processes_the_gradients_of_one(two_classes, tmp_path, memory_efficient):
-    torch.save(two_classes, tmp_path / 'batch.pt')
-    (tmp_path / 'train.py').write_text(TRAIN)
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    run = subprocess.run(
-        [*torchrun, 'train.py', str(memory_efficient)], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr[-5000:]
-    first, second = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2))
+    first, second = in_two_processes(tmp_path, TRAIN, str(memory_efficient), two_classes)
 
     torch.manual_seed(0)
     model = timm.create_model('sknet12', num_classes=2).eval()
@@ -259,6 +288,52 @@ def test_torchrun_gives_two_processes_the_gradients_of_one(two_classes, tmp_path
     torch.testing.assert_close(first['gradients'], whole, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(first['weights'], second['weights'], rtol=0, atol=0)
     assert all((p != first['weights'][name]).any() for name, p in model.named_parameters())
+
+
+SHARD = """
+import sys
+import timm, torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy
+
+mesh = init_device_mesh('cpu', (2,))
+rank = distributed.get_rank()
+torch.manual_seed(0)  # FSDP2 keeps the weights that each process has
+model = timm.create_model('sknet12', num_classes=2)
+if sys.argv[1] == 'frozen norms':
+    timm.layers.freeze_batch_norm_2d(model)
+else:
+    model.eval()  # with running statistics, batch norm does not depend on the batch
+if sys.argv[1] != 'whole':
+    for stage in model.stages:
+        for unit in stage:
+            fully_shard(unit, mesh=mesh)
+fully_shard(model, mesh=mesh)
+x, y = (t.chunk(2)[rank] for t in torch.load('batch.pt', weights_only=True))
+cross_entropy(model(x), y).backward()
+gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+torch.save(gradients, f'{rank}.pt')
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize('kind', ['whole', 'by unit', 'frozen norms'])
+def test_fsdp2_gives_two_processes_the_gradients_of_one(two_classes, tmp_path, kind):
+    first, second = in_two_processes(tmp_path, SHARD, kind, two_classes)
+
+    torch.manual_seed(0)
+    model = timm.create_model('sknet12', num_classes=2)
+    if kind == 'frozen norms':
+        timm.layers.freeze_batch_norm_2d(model)
+    else:
+        model.eval()
+    x, y = two_classes
+    cross_entropy(model(x), y).backward()
+    whole = {name: p.grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(first, whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_sync_batch_norm(two_classes):
@@ -273,6 +348,78 @@ def test_sync_batch_norm(two_classes):
     torch.testing.assert_close(dict(synced.named_buffers()), dict(plain.named_buffers()))
     found, expected = ({name: p.grad for name, p in m.named_parameters()} for m in (synced, plain))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_peft_lora_on_the_attention(two_classes):
+    peft = need('peft')
+    x, y = two_classes
+    model = embedded()
+    with torch.no_grad():
+        expected = model(x)
+    config = peft.LoraConfig(r=4, target_modules=r'.*\.attn\.fc[12]', modules_to_save=['head.fc'])
+    adapted = peft.get_peft_model(model, config)
+    torch.testing.assert_close(adapted(x), expected)  # LoRA starts with a product of 0
+
+    optimizer = torch.optim.AdamW(adapted.parameters(), 1e-2)
+    for _ in range(2):  # the first step changes only one of the two factors
+        optimizer.zero_grad()
+        cross_entropy(adapted(x), y).backward()
+        optimizer.step()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.any()}
+    units = sum(1 for name, _ in model.named_modules() if name.endswith('.attn'))
+    assert len(trained) == 2 * 2 * units + 2  # two factors for each of fc1 and fc2; weight and bias of the classifier
+    assert trained == {name for name, p in adapted.named_parameters() if p.requires_grad}
+
+    adapted.eval()
+    with torch.no_grad():
+        found = adapted(x)
+        merged = adapted.merge_and_unload()
+        assert (found - expected).abs().max() > 0.1
+        torch.testing.assert_close(merged(x), found, rtol=1e-4, atol=1e-4)
+
+
+def test_opacus_with_group_norm(two_classes):
+    opacus = need('opacus')
+    torch.manual_seed(0)
+    model = timm.create_model('sknet12', num_classes=2, norm_layer='groupnorm1')
+    reference = copy.deepcopy(model)
+    loader = DataLoader(TensorDataset(*two_classes), batch_size=8)
+    private, optimizer, _ = opacus.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), 0.1),
+        data_loader=loader,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    x, y = two_classes
+    cross_entropy(private(x), y).backward()
+    cross_entropy(reference(x), y).backward()
+    # opacus computes the gradient of each image; their mean is the usual gradient
+    for p, expected in zip(private.parameters(), reference.parameters()):
+        assert p.grad_sample.shape == (16, *p.shape)
+        torch.testing.assert_close(p.grad_sample.mean(0), expected.grad, rtol=1e-3, atol=1e-5)
+    optimizer.step()
+    assert all((p != before).any() for p, before in zip(private.parameters(), reference.parameters()))
+
+
+# Explanations
+
+
+def test_grad_cam():
+    cam = need('pytorch_grad_cam')
+    model, x = embedded(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    target = cam.utils.model_targets.ClassifierOutputTarget(3)
+    with cam.GradCAM(model=model, target_layers=[model.stages[-1]]) as grad_cam:
+        found = torch.from_numpy(grad_cam(input_tensor=x, targets=[target, target]))
+
+    maps = model.forward_features(x).detach().requires_grad_()
+    model.forward_head(maps)[:, 3].sum().backward()
+    weights = maps.grad.mean((2, 3), keepdim=True)
+    expected = (weights * maps.detach()).sum(1).relu()
+    expected = torch.nn.functional.interpolate(expected[:, None], (32, 32), mode='bilinear')[:, 0]
+    expected = expected - expected.amin((1, 2), keepdim=True)
+    expected = expected / expected.amax((1, 2), keepdim=True)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 # Graphs
@@ -325,6 +472,18 @@ def test_torch_compile_with_dynamic_batch_and_size():
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for shape in (2, 3, 32, 32), (5, 3, 32, 32), (3, 3, 48, 40):
         x = torch.randn(shape)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_aot_inductor_with_a_dynamic_batch(tmp_path):
+    model = embedded()
+    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: Dim('batch')},))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / 'sknet12.pt2'))
+    compiled = torch._inductor.aoti_load_package(package)
+    for batch in 1, 2, 5:
+        x = torch.randn(batch, 3, 32, 32)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
 
