@@ -5,7 +5,7 @@ OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST_TIMM := $(shell sed -n 's/.*"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OLDEST := python3.10 torch==$(OLDEST_TORCH).* torchvision==0.21.* timm==$(OLDEST_TIMM)
 
-.PHONY: demo test lint types format coverage dist oldest compat clean
+.PHONY: demo test lint types format coverage dist oldest compat integrations clean
 
 demo: .venv/installed
 	.venv/bin/timm-sknet predict
@@ -46,6 +46,10 @@ compat: dist
 	CHECKS=all tools/try_wheel.sh python3.11 torch==2.8.* torchvision==0.23.* timm==1.0.26
 	CHECKS=all tools/try_wheel.sh python3.12 torch torchvision timm
 	CHECKS=all tools/try_wheel.sh python3.13 torch torchvision timm
+
+# Tools that are too large for the tests. IMAGENETTE is a folder with train/ and val/.
+integrations:
+	tools/integrations.sh $(PYTHON) $(IMAGENETTE)
 
 clean:
 	rm -rf .cache .venv build dist *.egg-info

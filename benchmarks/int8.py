@@ -10,13 +10,12 @@ network runs once in each round.
 import argparse
 import statistics
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import Tuple
 
 import timm
 import torch
 import torch._inductor.config
-from measure import interleaved, markdown, ratio
-from timm.data import ImageDataset, create_transform, resolve_data_config
+from measure import interleaved, markdown, ratio, read, top1
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -42,22 +41,6 @@ def quantised_layers(graph: torch.fx.GraphModule) -> Tuple[int, int]:
     """Returns the number of convolutions and linear layers with int8 weights, and the number of all such layers."""
     layers = [node for node in graph.graph.nodes if node.target in (aten.conv2d.default, aten.linear.default)]
     return sum('dequantize_per_channel' in str(node.args[1].target) for node in layers), len(layers)
-
-
-def read(folder: Path, model: nn.Module, limit: Optional[int] = None) -> Tuple[Tensor, Tensor]:
-    """Returns preprocessed images, (N, C, H, W), and their classes. At most `limit` images are drawn at random."""
-    names = model.pretrained_cfg.get('label_names')
-    class_map = {name: i for i, name in enumerate(names)} if names else ''
-    transform = create_transform(**resolve_data_config(model=model))
-    dataset = ImageDataset(str(folder), class_map=class_map, transform=transform)
-    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit]
-    images, classes = zip(*(dataset[i] for i in drawn.tolist()))
-    return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.tensor(classes)
-
-
-def top1(model: nn.Module, images: Tensor, classes: Tensor, batch: int) -> float:
-    right = [model(x).argmax(1) == y for x, y in zip(images.split(batch), classes.split(batch))]
-    return 100 * torch.cat(right).float().mean().item()
 
 
 @torch.no_grad()

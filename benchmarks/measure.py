@@ -10,10 +10,11 @@ import statistics
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+from timm.data import ImageDataset, create_transform, resolve_data_config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -77,6 +78,25 @@ def device() -> torch.device:
 def images(batch: int, size: int, layout: str) -> torch.Tensor:
     torch.manual_seed(0)
     return torch.randn(batch, 3, size, size, device=device()).contiguous(memory_format=LAYOUTS[layout])
+
+
+def read(folder: Path, model: nn.Module, limit: Optional[int] = None) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Returns preprocessed images, (N, C, H, W), and their classes. At most `limit` images are drawn at random."""
+    names = model.pretrained_cfg.get('label_names') or ()
+    named = all((folder / name).is_dir() for name in names)  # otherwise the folders are numbered in their order
+    class_map = {name: i for i, name in enumerate(names)} if named else ''
+    transform = create_transform(**resolve_data_config(model=model))
+    dataset = ImageDataset(str(folder), class_map=class_map, transform=transform)
+    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit]
+    images, classes = zip(*(dataset[i] for i in drawn.tolist()))
+    return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.tensor(classes)
+
+
+def top1(
+    model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, classes: torch.Tensor, batch: int
+) -> float:
+    right = [model(x).argmax(1) == y for x, y in zip(images.split(batch), classes.split(batch))]
+    return 100 * torch.cat(right).float().mean().item()
 
 
 def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:

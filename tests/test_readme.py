@@ -193,9 +193,10 @@ def test_the_attention_of_the_docs_is_recorded(capsys):
 
 
 def test_versions_shown_are_those_that_the_tests_install():
-    pins = dict(re.findall(r'^(\w+)==(\S+)', (ROOT / 'constraints.txt').read_text(), re.MULTILINE))
+    pins = dict(re.findall(r'^([\w-]+)==(\S+)', (ROOT / 'constraints.txt').read_text(), re.MULTILINE))
     pins |= {'Lightning': pins['lightning'], 'ONNX Runtime': pins['onnxruntime']}
-    pins |= dict.fromkeys(['`torch.export`', '`torch.compile`', '`torchrun`', 'SyncBN'], pins['torch'])
+    parts = ['`torch.export`', '`torch.compile`', 'AOTInductor', '`torchrun`', 'FSDP2', 'SyncBN']
+    pins |= dict.fromkeys(parts, pins['torch'])
     section = INTEGRATIONS.split('## Works with')[1].split('\n## ')[0]
     rows = re.findall(r'^\| (.*?) \| ([\d.]+) \| ', section, re.MULTILINE)
     assert len(rows) >= 10
