@@ -17,9 +17,11 @@ else:
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
 PROJECT = tomllib.loads(TEXT)['project']
-PACKAGES = {'PIL': 'pillow', 'google': 'protobuf'}  # modules whose package has another name
+# modules whose package has another name
+PACKAGES = {'PIL': 'pillow', 'google': 'protobuf', 'pytorch_grad_cam': 'grad-cam'}
 BY_NAME = {'import_module', 'importorskip', 'need'}  # functions that import a module by its name
-SEPARATE = {'holocron'}  # of pylocron, which benchmarks/run.sh installs into a separate folder
+# benchmarks/run.sh installs pylocron (holocron) into a separate folder, tools/integrations.sh the others
+SEPARATE = {'holocron', 'executorch', 'litert-torch', 'nncf'}
 
 
 def names(requirements):
