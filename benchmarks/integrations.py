@@ -5,7 +5,7 @@
     python benchmarks/integrations.py executorch
     python benchmarks/integrations.py litert
 
-Each tool needs packages that do not fit together: `make integrations` installs them into separate environments. The
+Some tools need packages that do not fit together: `make integrations` installs each into an environment of its own. The
 folder contains train/ and val/, with one folder for each class of Imagenette.
 """
 

@@ -7,15 +7,17 @@ python=$1
 imagenette=$(realpath "$2")
 export NNCF_EXTENSION_LOAD_TIMEOUT=0 # no limit: the extension of NNCF is compiled when it is first used
 
-run() { # PACKAGE TOOL [ARGUMENT...]
-    local folder=.cache/integrations/$1
+run() { # TOOL "PACKAGE..." [ARGUMENT...]
+    local tool=$1 packages=$2
+    local folder=.cache/integrations/$tool
     "$python" -m venv "$folder"
-    "$folder/bin/python" -m pip install --quiet -e . tqdm "$1"
-    echo "## $2"
-    "$folder/bin/python" benchmarks/integrations.py "${@:2}"
+    # shellcheck disable=SC2086 # several packages
+    "$folder/bin/python" -m pip install --quiet -e . tqdm $packages
+    echo "## $tool"
+    "$folder/bin/python" benchmarks/integrations.py "$tool" "${@:3}"
 }
 
-run nncf openvino "$imagenette"
+run openvino 'nncf openvino' "$imagenette"
 run nncf nncf
 run executorch executorch
-run litert-torch litert
+run litert litert-torch
