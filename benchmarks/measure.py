@@ -83,7 +83,8 @@ def images(batch: int, size: int, layout: str) -> torch.Tensor:
 def read(folder: Path, model: nn.Module, limit: Optional[int] = None) -> Tuple[torch.Tensor, torch.Tensor]:
     """Returns preprocessed images, (N, C, H, W), and their classes. At most `limit` images are drawn at random."""
     names = model.pretrained_cfg.get('label_names') or ()
-    named = all((folder / name).is_dir() for name in names)  # otherwise the folders are numbered in their order
+    # folders with other names are numbered in their order
+    named = all(entry.name in names for entry in folder.iterdir() if entry.is_dir())
     class_map = {name: i for i, name in enumerate(names)} if named else ''
     transform = create_transform(**resolve_data_config(model=model))
     dataset = ImageDataset(str(folder), class_map=class_map, transform=transform)
