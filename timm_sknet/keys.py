@@ -44,36 +44,35 @@ def _look_up(layer: str, table: Mapping[str, str]) -> str:
 TIMM = "timm's SK networks"  # skresnext50_32x4d, skresnet18 and skresnet34
 PYTORCH = "the authors' PyTorch code"  # sk_resnet50 and sk_resnet101
 SIMCLR = 'SimCLRv2 in PyTorch'  # the files on the Hub
+# timm and the authors use the names of torchvision's ResNet for the parts that do not depend on the SK convolution.
+_RESNET_LAYERS = Layers(
+    unit=r'layer(\d)\.(\d+)\.(.+)',
+    first=(1, 0),
+    in_unit={r'downsample\.0': 'shortcut.conv', r'downsample\.1': 'shortcut.bn'},
+    others={'conv1': 'stem.conv', 'bn1': 'stem.bn', 'fc': 'head.fc'},
+)
 FOREIGN_LAYERS = {
-    TIMM: Layers(
-        unit=r'layer(\d)\.(\d+)\.(.+)',
-        first=(1, 0),
+    TIMM: _RESNET_LAYERS._replace(
         in_unit={
+            **_RESNET_LAYERS.in_unit,
             r'conv(\d)\.(conv|bn)': r'conv\1.\2',
             r'conv\d\.paths\.(\d+)\.(conv|bn)': r'sk.branches.\1.\2',
             r'conv\d\.attn\.fc_reduce': 'sk.attn.fc1',
             r'conv\d\.attn\.bn': 'sk.attn.bn',
             r'conv\d\.attn\.fc_select': 'sk.attn.fc2',
-            r'downsample\.0': 'shortcut.conv',
-            r'downsample\.1': 'shortcut.bn',
         },
-        others={'conv1': 'stem.conv', 'bn1': 'stem.bn', 'fc': 'head.fc'},
         mark='.paths.',
     ),
-    PYTORCH: Layers(
-        unit=r'layer(\d)\.(\d+)\.(.+)',
-        first=(1, 0),
+    PYTORCH: _RESNET_LAYERS._replace(
         in_unit={
+            **_RESNET_LAYERS.in_unit,
             r'conv([13])': r'conv\1.conv',
             r'bn([13])': r'conv\1.bn',
             r'(conv|bn)2': r'sk.branches.0.\1',
             r'(conv|bn)2g': r'sk.branches.1.\1',
             r'conv_fc([12])': r'sk.attn.fc\1',
             r'bn_fc1': 'sk.attn.bn',
-            r'downsample\.0': 'shortcut.conv',
-            r'downsample\.1': 'shortcut.bn',
         },
-        others={'conv1': 'stem.conv', 'bn1': 'stem.bn', 'fc': 'head.fc'},
         mark='.conv2g.',
     ),
     SIMCLR: Layers(

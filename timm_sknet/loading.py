@@ -42,8 +42,9 @@ _REMEDIES = (  # for download errors: the first matching class counts
     ),
     (Exception, 'Try again.'),
 )
+HUB_FILES = 'model.safetensors', 'pytorch_model.bin'  # the weights files of a repository, in timm's order
 # The weights files that timm looks for in a folder: first these names, then these endings.
-_NAMES = 'model.safetensors', 'pytorch_model.bin', 'pytorch_model.pth', 'model.pth'
+_NAMES = *HUB_FILES, 'pytorch_model.pth', 'model.pth'
 _ENDINGS = '.safetensors', '.pth', '.pth.tar', '.bin'
 
 
@@ -228,7 +229,7 @@ def _find(path: Path) -> Path:
 
 def _download(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> Path:
     repository, _, revision = str(cfg.hf_hub_id).partition('@')
-    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ['model.safetensors', 'pytorch_model.bin']
+    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else HUB_FILES
     file = Path(download_first(repository, names, revision or None, cache_dir))
     _check_sha256(file)
     return file

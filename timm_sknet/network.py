@@ -7,7 +7,6 @@ from typing import (
     Any,
     Callable,
     Dict,
-    Iterator,
     List,
     Literal,
     NamedTuple,
@@ -377,10 +376,10 @@ class SKNet(nn.Module):
             taps.append(('pool', width, reduction))
 
         dilations, strides = dilate(cfg.strides, reduction, output_stride)
-        units_in_all = sum(cfg.depths)
-        drop_rates: Iterator[Any] = iter([0.0] * units_in_all)
+        rates: List[Any] = [0.0] * sum(cfg.depths)
         if drop_path_rate:  # timm reads values of a tensor, which a FakeTensorMode does not allow
-            drop_rates = iter(calculate_drop_path_rates(drop_path_rate, units_in_all))
+            rates = calculate_drop_path_rates(drop_path_rate, len(rates))
+        drop_rates = iter(rates)
         stages: List[nn.Module] = []
         dilation = 1
         for i, depth in enumerate(cfg.depths):

@@ -251,6 +251,10 @@ def _timm(name: str, description: str, published: float) -> Weights:
     )
 
 
+# The training step of each set of SimCLRv2's weights, by tag.
+SIMCLR_STEPS = dict(linear_in1k=250228, ft_in1k=37535, sup_in1k=28151)
+
+
 def _simclr_weights() -> Dict[str, Weights]:
     """Returns all weights of SimCLRv2's networks; accuracies from its paper, table 1."""
     accuracies = {  # linear, fine-tuned on all labels, supervised
@@ -279,9 +283,9 @@ def _simclr_weights() -> Dict[str, Weights]:
             dataset='imagenet-1k',
             published=linear,
         )
-        for tag, step, kind, how, published in (
-            ('ft_in1k', 37535, 'finetuned_100pct', 'pretrained without labels, then fine-tuned', fine_tuned),
-            ('sup_in1k', 28151, 'supervised', 'trained with labels from the start', supervised),
+        for tag, kind, how, published in (
+            ('ft_in1k', 'finetuned_100pct', 'pretrained without labels, then fine-tuned', fine_tuned),
+            ('sup_in1k', 'supervised', 'trained with labels from the start', supervised),
         ):
             found[f'{name}.{tag}'] = Weights(
                 _SIMCLR
@@ -292,7 +296,7 @@ def _simclr_weights() -> Dict[str, Weights]:
                 dataset='imagenet-1k',
                 published=published,
                 file_url='https://storage.googleapis.com/simclr-checkpoints/simclrv2/'
-                f'{kind}/{theirs}/model.ckpt-{step}.index',
+                f'{kind}/{theirs}/model.ckpt-{SIMCLR_STEPS[tag]}.index',
             )
     return found
 
@@ -489,43 +493,48 @@ def sk_resnet34_timm(pretrained: bool = False, **kwargs: Any) -> SKNet:
     return _create('sk_resnet34_timm', pretrained, **kwargs)
 
 
+def _create_simclr(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
+    """Creates a network of SimCLRv2, whose residual units are initialised as identities by default."""
+    return _create(variant, pretrained, **dict(zero_init_last=True) | kwargs)
+
+
 @register_model
 def sk_resnet50x1_simclr(pretrained: bool = False, **kwargs: Any) -> SKNet:
     """SK-ResNet-50 of SimCLRv2 (1x, SK): dense 3x3 branches, a deep stem and pooled shortcuts (arXiv:2006.10029)."""
-    return _create('sk_resnet50x1_simclr', pretrained, **dict(zero_init_last=True) | kwargs)
+    return _create_simclr('sk_resnet50x1_simclr', pretrained, **kwargs)
 
 
 @register_model
 def sk_resnet50x2_simclr(pretrained: bool = False, **kwargs: Any) -> SKNet:
     """SK-ResNet-50 of SimCLRv2 (2x, SK), twice as wide (arXiv:2006.10029)."""
-    return _create('sk_resnet50x2_simclr', pretrained, **dict(zero_init_last=True) | kwargs)
+    return _create_simclr('sk_resnet50x2_simclr', pretrained, **kwargs)
 
 
 @register_model
 def sk_resnet101x1_simclr(pretrained: bool = False, **kwargs: Any) -> SKNet:
     """SK-ResNet-101 of SimCLRv2 (1x, SK): dense 3x3 branches, a deep stem and pooled shortcuts (arXiv:2006.10029)."""
-    return _create('sk_resnet101x1_simclr', pretrained, **dict(zero_init_last=True) | kwargs)
+    return _create_simclr('sk_resnet101x1_simclr', pretrained, **kwargs)
 
 
 @register_model
 def sk_resnet101x2_simclr(pretrained: bool = False, **kwargs: Any) -> SKNet:
     """SK-ResNet-101 of SimCLRv2 (2x, SK), twice as wide (arXiv:2006.10029)."""
-    return _create('sk_resnet101x2_simclr', pretrained, **dict(zero_init_last=True) | kwargs)
+    return _create_simclr('sk_resnet101x2_simclr', pretrained, **kwargs)
 
 
 @register_model
 def sk_resnet152x1_simclr(pretrained: bool = False, **kwargs: Any) -> SKNet:
     """SK-ResNet-152 of SimCLRv2 (1x, SK): dense 3x3 branches, a deep stem and pooled shortcuts (arXiv:2006.10029)."""
-    return _create('sk_resnet152x1_simclr', pretrained, **dict(zero_init_last=True) | kwargs)
+    return _create_simclr('sk_resnet152x1_simclr', pretrained, **kwargs)
 
 
 @register_model
 def sk_resnet152x2_simclr(pretrained: bool = False, **kwargs: Any) -> SKNet:
     """SK-ResNet-152 of SimCLRv2 (2x, SK), twice as wide (arXiv:2006.10029)."""
-    return _create('sk_resnet152x2_simclr', pretrained, **dict(zero_init_last=True) | kwargs)
+    return _create_simclr('sk_resnet152x2_simclr', pretrained, **kwargs)
 
 
 @register_model
 def sk_resnet152x3_simclr(pretrained: bool = False, **kwargs: Any) -> SKNet:
     """SK-ResNet-152 of SimCLRv2 (3x, SK), three times as wide (arXiv:2006.10029)."""
-    return _create('sk_resnet152x3_simclr', pretrained, **dict(zero_init_last=True) | kwargs)
+    return _create_simclr('sk_resnet152x3_simclr', pretrained, **kwargs)

@@ -29,9 +29,9 @@ from timm_sknet.checkpoints.diagnosis import SAVE_ALONE, list_names
 from timm_sknet.checkpoints.tensorflow import find_prefix, read_checkpoint
 from timm_sknet.folding import is_folded
 from timm_sknet.keys import PYTORCH, SIMCLR, TIMM, detect_origin, native_keys, rename_blobs, rename_variables
-from timm_sknet.loading import download_first, is_truncated
+from timm_sknet.loading import HUB_FILES, download_first, is_truncated
 from timm_sknet.network import SKNet, SKNetCfg
-from timm_sknet.sknets import CAFFE_INPUT, default_cfgs, model_cfgs
+from timm_sknet.sknets import CAFFE_INPUT, SIMCLR_STEPS, default_cfgs, model_cfgs
 from timm_sknet.sknets import weights as known_weights
 
 _logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ ORIGINS = {
     SIMCLR: ('linear_in1k', 'weights of SimCLRv2 in PyTorch'),
 }
 # Tags of SimCLRv2's weights by training step, and the steps of weights that were fine-tuned with a part of the labels.
-STEPS = {250228: 'linear_in1k', 37535: 'ft_in1k', 28151: 'sup_in1k'}
+STEPS = {step: tag for tag, step in SIMCLR_STEPS.items()}
 PERCENT_OF_LABELS = {751: 1, 3754: 10}
 # The names that the pickle of a checkpoint may contain. torch.load allows more, and some of these can use any amount of
 # memory.
@@ -320,10 +320,10 @@ def _read_repository(repo: str, revision: Optional[str], arch: str, ema: bool) -
     listed = [(name, known.cfg) for name, known in known_weights.items() if known.cfg.get('hf_hub_id') == repo]
     name, known = listed[0] if listed else ('', {})
     model, _, tag = name.partition('.')
-    names, config = ['model.safetensors', 'pytorch_model.bin'], None
+    config = None
     bare = known.get('hf_hub_filename', '').endswith('.pth')  # SimCLRv2: no config.json
     try:
-        path = Path(download_first(repo, [known['hf_hub_filename']] if bare else names, revision))
+        path = Path(download_first(repo, [known['hf_hub_filename']] if bare else HUB_FILES, revision))
         if not bare:
             config = Path(hf_hub_download(repo, 'config.json', revision=revision))
     except (ValueError, OSError) as e:  # the errors of huggingface_hub are OSErrors
