@@ -10,23 +10,11 @@ import timm
 import torch
 import torch.fx.experimental.optimization
 from timm.utils import reparameterize_model
-from torch import Tensor, nn
+from torch import nn
 
-from timm_sknet import SelectiveKernelConv
 from timm_sknet.keys import native_keys
 from timm_sknet.network import Bottleneck
 from timm_sknet.sknets import model_cfgs
-
-
-class AttentionFree(SelectiveKernelConv):
-    """V = U_1 + ... + U_M: an upper limit for the speed of an SK convolution with these branches."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = x.chunk(len(self.branches), dim=1) if self.split_input else [x] * len(self.branches)
-        V = self.branches[0](parts[0])
-        for branch, part in zip(self.branches[1:], parts[1:]):
-            V = V + branch(part)
-        return V
 
 
 def ours(name: str, **kwargs: Any) -> nn.Module:
@@ -39,15 +27,6 @@ def ours(name: str, **kwargs: Any) -> nn.Module:
             m.running_var.uniform_(0.5, 1.5)
         if isinstance(m, Bottleneck):
             nn.init.constant_(m.conv3.bn.weight, 0.2)  # otherwise, a hundred layers amplify rounding errors
-    return model
-
-
-def attention_free(name: str, **kwargs: Any) -> nn.Module:
-    """Returns the model of timm_sknet without attention."""
-    model = ours(name, **kwargs)
-    for m in model.modules():
-        if isinstance(m, SelectiveKernelConv):
-            m.__class__ = AttentionFree
     return model
 
 
@@ -106,7 +85,10 @@ Contender = Callable[[], nn.Module]
 
 def contenders(name: str) -> Dict[str, Contender]:
     """Returns functions that create the networks to compare with a model, and the model itself."""
-    found: Dict[str, Contender] = {'timm_sknet': partial(ours, name), 'attention-free': partial(attention_free, name)}
+    found: Dict[str, Contender] = {
+        'timm_sknet': partial(ours, name),
+        'attention-free': partial(ours, name, attention=False),
+    }
     if name in RESNEXT:
         found['timm ResNeXt'] = partial(timm.create_model, RESNEXT[name])
     else:

@@ -8,10 +8,10 @@ time, and with the same network in the other layout.
 """
 
 import argparse
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
-from contenders import attention_free, folded, ours
+from contenders import folded, ours
 from measure import LAYOUTS, images, inference, interleaved, keep, macs, markdown, options, quartiles, ratio
 from torch import nn
 
@@ -29,17 +29,17 @@ def points() -> Dict[str, List[Tuple[int, int, int]]]:
     }
 
 
-def network(make: Callable[..., nn.Module], M: int, layout: str) -> nn.Module:
-    return folded(make('sknet50', branches=BRANCHES[:M])).to(memory_format=LAYOUTS[layout])
+def network(M: int, layout: str, **kwargs: Any) -> nn.Module:
+    return folded(ours('sknet50', branches=BRANCHES[:M], **kwargs)).to(memory_format=LAYOUTS[layout])
 
 
 def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
     other = next(layout for layout in LAYOUTS if layout != args.layout)
     models = {
         M: {
-            'mine': (network(ours, M, args.layout), args.layout),
-            'attention-free': (network(attention_free, M, args.layout), args.layout),
-            other: (network(ours, M, other), other),
+            'mine': (network(M, args.layout), args.layout),
+            'attention-free': (network(M, args.layout, attention=False), args.layout),
+            other: (network(M, other), other),
         }
         for M in (1, 2, 3)
     }

@@ -62,8 +62,8 @@ def equations(layer, x, branches, stride, dilation, training):
     for branch, part, (_, D, G) in zip(layer.branches, parts, branches):
         u = conv(part, branch.conv.weight, stride, D * dilation, G or part.shape[1])
         U.append(norm(u, branch.bn, training).clamp(min=0))
-    if len(U) == 1:
-        return U[0], None
+    if layer.attn is None:
+        return sum(U), None
     C = U[0].shape[1]
     s = sum(U).mean((2, 3), keepdim=True)
     z = norm(torch.einsum('dc,bcij->bdij', layer.attn.fc1.weight[..., 0, 0], s), layer.attn.bn, training).clamp(min=0)
@@ -75,12 +75,13 @@ def equations(layer, x, branches, stride, dilation, training):
 
 @pytest.mark.parametrize('stride, dilation', [(1, 1), (2, 1), (1, 2), (2, 3)])
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-@pytest.mark.parametrize('split_input', [False, True], ids=['', 'split_input'])
+@pytest.mark.parametrize('kwargs', [{}, dict(split_input=True), dict(attention=False)], ids=str)
 @pytest.mark.parametrize('branches', BRANCHES.values(), ids=BRANCHES)
-def test_layer_follows_the_equations(branches, split_input, training, stride, dilation):
-    channels = 8 * len(branches) if split_input else 8
-    settings = dict(stride=stride, dilation=dilation, r=2, L=4, split_input=split_input)
+def test_layer_follows_the_equations(branches, kwargs, training, stride, dilation):
+    channels = 8 * len(branches) if 'split_input' in kwargs else 8
+    settings = dict(stride=stride, dilation=dilation, r=2, L=4, **kwargs)
     layer = randomize(SelectiveKernelConv(channels, 16, branches, **settings)).double()
+    assert (layer.attn is not None) == (len(branches) > 1 and 'attention' not in kwargs)
     x = torch.randn(3, channels, 9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected, a = equations(layer, x, branches, stride, dilation, training)
     attention = []
@@ -251,10 +252,10 @@ def test_batch_check_survives_symbolic_tracing_in_training():
 
 
 @pytest.mark.parametrize('branches', [BRANCHES['M=1'], BRANCHES['M=2, paper'], BRANCHES['M=3']], ids='M={}'.format)
-@pytest.mark.parametrize('split_input', [False, True], ids=['', 'split_input'])
-def test_script_trace_and_export_agree_with_eager(branches, split_input):
-    channels = 4 * len(branches) if split_input else 16
-    layer = randomize(SelectiveKernelConv(channels, 16, branches=branches, split_input=split_input)).eval()
+@pytest.mark.parametrize('kwargs', [{}, dict(split_input=True), dict(attention=False)], ids=str)
+def test_script_trace_and_export_agree_with_eager(branches, kwargs):
+    channels = 4 * len(branches) if 'split_input' in kwargs else 16
+    layer = randomize(SelectiveKernelConv(channels, 16, branches=branches, **kwargs)).eval()
     x = torch.randn(2, channels, 8, 8)
     expected = layer(x)
     batch = torch.export.Dim('batch', min=1)

@@ -172,7 +172,7 @@ def test_the_readme_names_every_model(rows):
 def test_examples_of_arguments_run():
     block = re.search(r"```python\nimport timm\n\n(timm\.create_model\('sknet50', b.*?)```", MODELS, re.DOTALL)[1]
     lines = block.strip().splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     with torch.device('meta'):
         for line in lines:
             assert eval(line, {'timm': timm}).num_classes == 1000

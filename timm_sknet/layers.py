@@ -116,6 +116,8 @@ class SelectiveKernelConv(nn.Module):
     V = sum_i a_i U_i, channel by channel, with the attention a = softmax(A act(norm(W mean(sum_i U_i)))). With one
     branch the softmax is 1. Then V = U_1, and the layer has no attention parameters.
 
+    Without attention, V = sum_i U_i (equation 1), for comparisons.
+
     Args:
         in_channels: Number of input channels C_in.
         out_channels: Number of output channels C; C_in if None.
@@ -125,6 +127,7 @@ class SelectiveKernelConv(nn.Module):
         r: Reduction ratio of the attention; its width is d = max(C / r, L).
         L: Minimum attention width.
         attn_channels: Attention width d, used instead of r and L.
+        attention: Select by attention; otherwise, V is the sum of the branches.
         split_input: Branch i gets the i-th of M equal parts of the input channels, instead of all of them.
         act_layer: Activation of branches and attention, class or name.
         norm_layer: Normalisation of branches and attention, class or name.
@@ -145,6 +148,7 @@ class SelectiveKernelConv(nn.Module):
         r: float = 16,
         L: int = 32,
         attn_channels: Optional[int] = None,
+        attention: bool = True,
         split_input: bool = False,
         act_layer: LayerType = nn.ReLU,
         norm_layer: LayerType = nn.BatchNorm2d,
@@ -190,7 +194,7 @@ class SelectiveKernelConv(nn.Module):
             ]
         )
         self.attn = None
-        if len(branches) > 1:
+        if attention and len(branches) > 1:
             self.attn = SelectiveKernelAttn(
                 out_channels,
                 len(branches),
@@ -207,7 +211,10 @@ class SelectiveKernelConv(nn.Module):
         else:
             U = [branch(x) for branch in self.branches]
         if self.attn is None:
-            return U[0]
+            V = U[0]
+            for i in range(1, len(U)):
+                V = V + U[i]
+            return V
         a = self.attn(fuse(U))
         V = select(U, a)
         if not torch.jit.is_scripting():

@@ -60,6 +60,7 @@ class SKNetCfg:
         r: Reduction ratio of the attention.
         L: Minimum attention width.
         attn_widths: Attention width of each stage, used instead of r and L.
+        attention: The SK convolutions select by attention; otherwise, they add their branches.
         split_input: Each branch gets an equal part of the input channels, instead of all of them.
         shortcut_pool: A 2x2 average pool before the projection in a shortcut; the projection then has stride 1.
         act_layer: Activation of the whole network, name or class.
@@ -84,6 +85,7 @@ class SKNetCfg:
     r: float = 16
     L: int = 32
     attn_widths: Optional[Sequence[int]] = None
+    attention: bool = True
     split_input: bool = False
     shortcut_pool: bool = False
     act_layer: LayerType = 'relu'
@@ -361,6 +363,7 @@ class SKNet(nn.Module):
             branches=cfg.branches,
             r=cfg.r,
             L=cfg.L,
+            attention=cfg.attention,
             split_input=cfg.split_input,
             memory_efficient=memory_efficient,
             **layers,
