@@ -9,6 +9,10 @@ from torch import nn
 TIMM_REPO = 'timm/skresnext50_32x4d.ra_in1k'
 
 
+def pytest_addoption(parser):
+    parser.addoption('--device', default='cpu', help='device of the tests in test_device.py, such as cuda')
+
+
 def trained(model):
     """Sets the batch norms of a model to random values far from their initial ones; returns it in eval mode."""
     torch.manual_seed(0)

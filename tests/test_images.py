@@ -255,6 +255,10 @@ def test_every_cpu_core_gets_a_batch_by_default(monkeypatch, number, batch_size,
     assert (loader.num_workers, loader.batch_size) == (workers, size)
 
 
+def test_no_worker_starts_without_a_batch():
+    assert load_batches(range(5), 2, 1_000_000).num_workers == 3
+
+
 def test_workers_predict_the_same(model, files):
     alone, together = (dict(classify(model, files, 3, 2, workers)) for workers in (0, 2))
     assert list(alone) == list(together) == files

@@ -177,8 +177,8 @@ def load_batches(
     Args:
         images: An `ImageFiles`, or a part of it.
         batch_size: Largest number of images in a batch.
-        workers: Number of processes that load batches, in addition to this one. None for one per CPU core and at
-            least 8 images, or 0 if there is only one batch.
+        workers: Largest number of processes that load batches, in addition to this one. None for one per CPU core and
+            at least 8 images, or 0 if there is only one batch.
         finish: Called with the images of a batch, in the process that loads the batch. By default, they become a NumPy
             array, because workers would send a tensor through shared memory, and containers have little of it.
 
@@ -191,6 +191,7 @@ def load_batches(
         workers = min(_cpu_cores(), number // 8) if number > batch_size else 0
         if workers:
             batch_size = min(batch_size, math.ceil(number / workers))  # gives each of them a batch
+    workers = min(workers, math.ceil(number / batch_size))
     collate = partial(_collate, finish)
     return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=_start_worker)
 
