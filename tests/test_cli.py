@@ -450,6 +450,8 @@ def test_a_file_name_that_is_not_text_can_be_printed(capsys, model, tmp_path):
     code, out, _ = run(capsys, 'predict', tmp_path / name, '--model', model)
     assert code == 0
     assert '\\udcff.png\n' in out
+    _, out, _ = run(capsys, 'predict', '--json', tmp_path / name, '--model', model)
+    assert json.loads(out)[0]['file'] == str(tmp_path / name)
 
 
 def test_version_and_help(capsys):

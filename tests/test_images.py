@@ -78,6 +78,13 @@ def test_broken_links_are_named(tmp_path):
     ]
 
 
+def test_devices_are_named(tmp_path):
+    touch(tmp_path, 'a.png')
+    os.mkfifo(tmp_path / 'pipe.png')
+    os.mkfifo(tmp_path / 'pipe')
+    assert found_in(tmp_path) == (['a.png'], [f'{tmp_path}/pipe.png: cannot be read: not a regular file'])
+
+
 @pytest.mark.parametrize('call', ['scandir', 'stat'])
 def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch, call):
     touch(tmp_path, 'a/1.png', 'locked/2.png', 'z/3.png')

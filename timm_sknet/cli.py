@@ -21,9 +21,9 @@ EXIT_CODES = (
     'on stderr), 2 if the command stopped with an error or processed no image.'
 )
 PREPROCESSING = (
-    'Folders are searched for all image formats that Pillow opens. Links are followed. Hidden files and folders are '
-    'left out. Images are rotated as their EXIF orientation says, and transparent pixels become white. For images '
-    "without EXIF orientation and transparency, the preprocessing is that of timm's validate.py."
+    'Folders are searched for all formats of photographs that Pillow opens. Links are followed. Hidden files and '
+    'folders are left out. Images are rotated as their EXIF orientation says, and transparent pixels become white. For '
+    "images without EXIF orientation and transparency, the preprocessing is that of timm's validate.py."
 )
 
 
@@ -344,10 +344,10 @@ def _print_predictions(args: argparse.Namespace) -> int:
             on_error(predictions)
             continue
         done += 1
-        name = str(file).encode(errors='backslashreplace').decode()  # a name may contain bytes that are not text
         if args.json:
-            found.append({'file': name, 'predictions': [asdict(p) for p in predictions]})
+            found.append({'file': str(file), 'predictions': [asdict(p) for p in predictions]})
         else:
+            name = str(file).encode(errors='backslashreplace').decode()  # a name may contain bytes that are not text
             lines = [f'{p.probability:8.1%}  {p.label}' for p in predictions]
             tqdm.write('\n'.join([name, *lines]))
     bar.close()

@@ -26,12 +26,13 @@ def _raise(error: ValueError) -> None:
 def find_images(path: Union[str, Path], on_error: Callable[[ValueError], Any] = _raise) -> List[Path]:
     """Returns all images in a folder and its subfolders, sorted, or the path itself if it is not a folder.
 
-    Images are files in the formats that Pillow opens. Links are followed. Hidden files and folders are left out.
+    Images are files in the formats of photographs that Pillow opens. Links are followed. Hidden files and folders are
+    left out.
 
     Args:
         path: A folder or a file.
-        on_error: Called with the reason for each folder that cannot be read, for each broken link, and for a folder
-            without images. By default, the first one is raised.
+        on_error: Called with the reason for each folder that cannot be read, for each broken link or device, and for a
+            folder without images. By default, the first one is raised.
     """
     if not os.path.isdir(path):
         return [Path(path)]
@@ -56,16 +57,19 @@ def find_images(path: Union[str, Path], on_error: Callable[[ValueError], Any] = 
                     entry.stat()  # raises an error if the link is broken
                 if entry.is_dir():
                     folders.append((entry.path, (*around, identity)))
-                elif os.path.splitext(entry.name)[1].lower() in endings and entry.is_file():
-                    files.append(Path(entry.path))
+                elif os.path.splitext(entry.name)[1].lower() in endings:
+                    if entry.is_file():
+                        files.append(Path(entry.path))
+                    else:
+                        errors.append(ValueError(f'{entry.path}: cannot be read: not a regular file'))
             except OSError as e:
                 problem = 'broken link' if entry.is_symlink() else 'cannot be read'
                 errors.append(ValueError(f'{entry.path}: {problem}: {e.strerror}'))
     if not files and not errors:
         errors.append(
             ValueError(
-                f'{path}: no image in this folder or its subfolders. Expected files in a format that Pillow opens, '
-                'such as .jpg or .png.'
+                f'{path}: no image in this folder or its subfolders. Expected photographs in a format that Pillow '
+                'opens, such as .jpg or .png.'
             )
         )
     for error in errors:
