@@ -79,7 +79,7 @@ def step(name: str, checkpointed: bool, args: argparse.Namespace) -> Optional[Di
 def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
     settings = {'case': 'memory', **{key: getattr(args, key) for key in ('model', 'layout', 'batch', 'size')}}
     rows = []
-    for name in contenders(args.model):
+    for name in args.only or contenders(args.model):
         for checkpointed in False, True:
             with multiprocessing.get_context('spawn').Pool(1) as pool:
                 row = pool.apply(step, (name, checkpointed, args))
@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
 
 def table(rows: List[Dict[str, Any]]) -> str:
     """Returns the rows as Markdown, in MB and relative to the network without selection."""
-    base = next(row for row in rows if row['contender'] in ('timm ResNeXt', 'without selection'))
+    base = next((row for row in rows if row['contender'] in ('timm ResNeXt', 'without selection')), rows[0])
     lines = [['', 'saved MB', f'over {base["contender"]}', 'peak MB', f'over {base["contender"]}']]
     for row in rows:
         cells = []
@@ -103,7 +103,11 @@ def table(rows: List[Dict[str, Any]]) -> str:
 def main() -> None:
     parser = options(__doc__, batch=8, size=224)
     parser.add_argument('--model', choices=model_cfgs, default='sknet50')
+    parser.add_argument('--only', nargs='+', metavar='NETWORK', help='measure only these networks')
     args = parser.parse_args()
+    known = list(contenders(args.model))
+    if args.only and not set(args.only) <= set(known):
+        parser.error(f'argument --only: must be any of {known}, got {args.only}')
 
     rows = measure(args)
     print(f'{args.model}, a training step, {args.layout}, batch {args.batch}, size {args.size}\n\n{table(rows)}\n')

@@ -1,8 +1,10 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -23,6 +25,20 @@ def trained(model):
             nn.init.uniform_(m.weight, 0.5, 1.5)
             nn.init.normal_(m.bias, std=0.1)
     return model.eval()
+
+
+@pytest.fixture(scope='session')
+def cifar(tmp_path_factory) -> Path:
+    """Noise in the form of CIFAR-10 for training: 130 padded images in train/, 20 images in val/."""
+    folder = tmp_path_factory.mktemp('cifar')
+    rng = np.random.default_rng(0)
+    for split, number in ('train', 13), ('val', 2):
+        for name in range(10):
+            (folder / split / str(name)).mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / str(name) / f'{i}.png')
+    return folder
 
 
 @pytest.fixture(scope='session')

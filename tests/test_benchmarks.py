@@ -1,6 +1,7 @@
 """The benchmarks run, they compare the intended networks, and RESULTS.md is generated from results.json."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -66,6 +67,24 @@ def test_scaling_counts_what_it_times(tmp_path):
     assert rows[224, 1, 2]['macs'] == pytest.approx(4.463e9, rel=0.005)
     assert rows[224, 8, 2]['macs'] == 8 * rows[224, 1, 2]['macs']
     assert rows[224, 8, 1]['macs'] < rows[224, 8, 2]['macs'] < rows[224, 8, 3]['macs']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('part', ['check', 'measure', 'train'])
+def test_every_command_for_the_gpu_runs(cifar, tmp_path, part):
+    if part == 'train' and 'TIMM_SCRIPTS' not in os.environ:
+        pytest.skip("set TIMM_SCRIPTS to a folder with timm's scripts")
+    env = os.environ | {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'CIFAR': str(cifar)}
+    env |= {'CLASSES': '10', 'EPOCHS': '1', 'SECONDS_LEFT': '500'}
+    done = subprocess.run(
+        [BENCHMARKS / 'gpu.sh', '--rehearse', part, tmp_path], env=env, stdout=subprocess.PIPE, text=True, timeout=600
+    )
+    assert done.returncode == 0 and '\n! ' not in done.stdout, done.stdout
+    if part == 'measure':
+        cases = [row['settings']['case'] for row in json.loads((tmp_path / 'results.json').read_text())]
+        assert set(cases) == {'eval', 'parts eval', 'train', 'parts train', 'memory', 'compiled'}
+    if part == 'train':
+        assert (tmp_path / 'weights' / 'model.safetensors').exists() and (tmp_path / 'result.json').exists()
 
 
 def test_the_report_is_generated_from_the_results(tmp_path):
