@@ -1,0 +1,58 @@
+"""Prints the table of the networks that selection.sh trained.
+
+python benchmarks/selection.py benchmarks/selection.jsonl
+"""
+
+import argparse
+import ast
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Dict, List
+
+import timm
+import torch
+from measure import inference, macs, markdown
+
+NETWORKS = {
+    'selection': '`sknet12`: 3x3 and dilated 3x3, with selection',
+    'sum': 'the same branches, their sum',
+    'one': 'one branch, 3x3',
+    'wide': 'one branch, 3x3, wider SK convolutions',
+    'same': '3x3 and 3x3, with selection',
+}
+HEADER = 'network', 'parameters', 'MMACs', 'runs', 'top-1', 'standard deviation', 'difference', 'standard error'
+
+
+def table(runs: List[Dict[str, Any]]) -> str:
+    """Returns a row for each network.
+
+    The top-1 accuracy is the mean over the runs in %. The difference is that to `sknet12`, and its standard error is
+    sqrt(s^2 / n + s_0^2 / n_0), with the standard deviations s and numbers n of the runs of both networks.
+    """
+    lines = [HEADER]
+    first = [run['top1'] for run in runs if run['network'] == 'selection']
+    for network, title in NETWORKS.items():
+        found = [run for run in runs if run['network'] == network]
+        if not found:
+            continue
+        top1 = [run['top1'] for run in found]
+        kwargs = {key: ast.literal_eval(value) for key, value in (arg.split('=') for arg in found[0]['kwargs'])}
+        model = timm.create_model('sknet12', num_classes=10, **kwargs).eval()
+        parameters = sum(p.numel() for p in model.parameters())
+        millions = macs(inference(model, torch.zeros(1, 3, 32, 32))) / 1e6
+        line = [title, f'{parameters:,}', f'{millions:.1f}', f'{len(top1)}', f'{mean(top1):.2f}', '', '', '']
+        if len(top1) > 1:
+            line[5] = f'{stdev(top1):.2f}'
+        if network != 'selection' and first:
+            line[6] = f'{mean(top1) - mean(first):+.2f}'
+            if min(len(top1), len(first)) > 1:
+                line[7] = f'{(stdev(top1) ** 2 / len(top1) + stdev(first) ** 2 / len(first)) ** 0.5:.2f}'
+        lines.append(line)
+    return markdown(lines)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('results', type=Path, help='written by selection.sh')
+    print(table([json.loads(line) for line in parser.parse_args().results.read_text().splitlines()]))

@@ -1,0 +1,50 @@
+"""The matched training runs of benchmarks/selection.sh, and their table."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+
+
+def table(results):
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / 'selection.py', results], capture_output=True, text=True, check=True
+    )
+    return [[cell.strip() for cell in line.split('|')[1:-1]] for line in done.stdout.splitlines()]
+
+
+def test_table_compares_the_means(tmp_path):
+    wide = ['branches=[[3,1,1]]', 'mid_widths=[22,44,140]']
+    runs = [('selection', [], 91.0), ('selection', [], 92.0), ('sum', ['attention=False'], 91.25)]
+    runs += [('wide', wide, 90.1), ('wide', wide, 91.3)]
+    lines = [json.dumps({'network': name, 'kwargs': kwargs, 'top1': top1}) for name, kwargs, top1 in runs]
+    (tmp_path / 'runs.jsonl').write_text('\n'.join(lines))
+    header, _, *rows = table(tmp_path / 'runs.jsonl')
+    assert header[1:] == ['parameters', 'MMACs', 'runs', 'top-1', 'standard deviation', 'difference', 'standard error']
+    assert [row[1:] for row in rows] == [
+        ['460,186', '44.4', '2', '91.50', '0.71', '', ''],
+        ['446,970', '44.4', '1', '91.25', '', '-0.25', ''],
+        ['460,486', '44.4', '2', '90.70', '0.85', '-0.80', '0.78'],  # sqrt(.72 / 2 + .5 / 2)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason="set TIMM_SCRIPTS to a folder with timm's scripts")
+def test_a_run_gives_one_line_and_is_not_repeated(cifar, tmp_path):
+    results = tmp_path / 'runs.jsonl'
+    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    for _ in range(2):
+        subprocess.run(
+            [BENCHMARKS / 'selection.sh', cifar, results],
+            env={**os.environ, 'PATH': path, 'SEEDS': '5', 'NETWORKS': 'wide'},
+            check=True,
+        )
+    run = json.loads(results.read_text())
+    assert (run['network'], run['seed'], run['kwargs'][0]) == ('wide', 5, 'branches=[[3,1,1]]')
+    assert run['top1'] in range(0, 101, 5)  # of 20 images
+    assert table(results)[2][2:4] == ['44.4', '1']
