@@ -11,7 +11,7 @@ demo: .venv/installed
 	.venv/bin/timm-sknet predict
 
 test: .venv/installed-tests
-	REQUIRE_ECOSYSTEM=1 .venv/bin/pytest
+	REQUIRE_ECOSYSTEM=1 OMP_NUM_THREADS=1 .venv/bin/pytest -n 2
 
 lint: .venv/installed-tests
 	.venv/bin/ruff check .
