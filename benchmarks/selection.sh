@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Usage: TIMM_SCRIPTS=FOLDER [SEEDS='42 43 44'] [NETWORKS='sum|one'] benchmarks/selection.sh CIFAR10 RESULTS.jsonl
-# Trains sknet12 and the networks below with timm's train.py and the recipe sknet12_cifar10, with several seeds, and adds
-# a line for each run to RESULTS.jsonl. CIFAR10 is a folder as the recipe describes it. selection.py prints the table.
+# Trains sknet12 and the networks below with timm's train.py and the recipe sknet12_cifar10, with several seeds, and
+# adds a line for each run to RESULTS.jsonl. CIFAR10 is a folder as the recipe describes it. selection.py prints the
+# table.
 #
-# Two runs at a time, with one thread each, take 60 to 80 minutes on two cores. If you interrupt the script and start it
-# again, it skips the finished runs and continues the others after their last complete epoch.
+# JOBS (default: 2) runs at a time, with one thread each, on DEVICE (default: cpu), take 60 to 80 minutes on two cores.
+# If you interrupt the script and start it again, it skips the finished runs and continues the others after their last
+# complete epoch.
 set -euo pipefail
 cifar10=$(realpath "$1")
 results=$(realpath "$2")
@@ -19,12 +21,12 @@ run() {
     if [ ! -e "$folder/last.pth.tar" ]; then
         local recovery # the latest checkpoint; timm writes one after each epoch, which has 390 batches of 128
         recovery=$(find "$folder" -name 'recovery-*.pth.tar' | sort -V | tail -n 1)
-        python "$TIMM_SCRIPTS/train.py" -c "$(timm-sknet recipe sknet12_cifar10)" --data-dir "$cifar10" --device cpu \
-            --seed "$seed" --model-kwargs "$@" --output "${folder%/*}" --experiment "${folder##*/}" \
+        python "$TIMM_SCRIPTS/train.py" -c "$(timm-sknet recipe sknet12_cifar10)" --data-dir "$cifar10" \
+            --device "${DEVICE:-cpu}" --seed "$seed" --model-kwargs "$@" --output "${folder%/*}" --experiment "${folder##*/}" \
             --recovery-interval 390 ${recovery:+--resume "$recovery"} &>>"$folder/train.log"
     fi
     python "$TIMM_SCRIPTS/validate.py" --model sknet12 --num-classes 10 --model-kwargs "$@" --data-dir "$cifar10" \
-        --split val --device cpu --checkpoint "$folder/last.pth.tar" --results-file "$folder/result.json" \
+        --split val --device "${DEVICE:-cpu}" --checkpoint "$folder/last.pth.tar" --results-file "$folder/result.json" \
         --results-format json &>"$folder/validate.log"
     python - "$network" "$seed" "$folder/result.json" "$@" >>"$results" <<'END'
 import json, sys, timm, torch
