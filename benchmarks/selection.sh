@@ -22,8 +22,9 @@ run() {
         local recovery # the latest checkpoint; timm writes one after each epoch, which has 390 batches of 128
         recovery=$(find "$folder" -name 'recovery-*.pth.tar' | sort -V | tail -n 1)
         python "$TIMM_SCRIPTS/train.py" -c "$(timm-sknet recipe sknet12_cifar10)" --data-dir "$cifar10" \
-            --device "${DEVICE:-cpu}" --seed "$seed" --model-kwargs "$@" --output "${folder%/*}" --experiment "${folder##*/}" \
-            --recovery-interval 390 ${recovery:+--resume "$recovery"} &>>"$folder/train.log"
+            --device "${DEVICE:-cpu}" --seed "$seed" --model-kwargs "$@" --output "${folder%/*}" \
+            --experiment "${folder##*/}" --recovery-interval 390 \
+            ${recovery:+--resume "$recovery"} &>>"$folder/train.log"
     fi
     python "$TIMM_SCRIPTS/validate.py" --model sknet12 --num-classes 10 --model-kwargs "$@" --data-dir "$cifar10" \
         --split val --device "${DEVICE:-cpu}" --checkpoint "$folder/last.pth.tar" --results-file "$folder/result.json" \
