@@ -57,7 +57,8 @@ train)
         limit 60 "$python" "$TIMM_SCRIPTS/validate.py" "${model[@]}" --checkpoint "$out/last.pth.tar" --use-ema \
             --data-dir "$CIFAR" --split val "${options[@]}" --results-file "$out/result.json" --results-format json
         [ "${KWARGS:-}" ] ||
-            limit 60 timm-sknet convert "$out/last.pth.tar" "$out/weights" --arch "${model[1]}" --dtype float16
+            limit 60 "$python" -m timm_sknet convert "$out/last.pth.tar" "$out/weights" --arch "${model[1]}" \
+                --dtype float16
     fi
     ;;
 esac

@@ -3,8 +3,8 @@
     python benchmarks/parts.py --case eval --batch 8 --out results.json
 
 The least time of a part is the size of the maps that it must read and write, each once, over the bandwidth of a large
-copy. Small maps can be faster, because they stay in a cache. In training, a part runs forward and backward. "whole
-unit" times the unit itself.
+copy. Small maps can be faster, because they stay in a cache. In training, a part runs forward and backward. The last
+row times the whole unit.
 """
 
 import argparse
@@ -16,12 +16,11 @@ import torch
 from measure import LAYOUTS, device, interleaved, keep, markdown, options, quartiles
 from torch import Tensor, nn
 
-from timm_sknet import SelectiveKernelAttn
 from timm_sknet.ops import fuse, select
 
 
 class Part(NamedTuple):
-    """A part of the unit: a function of maps, with the maps that it moves forward and backward, in (B, C, H, W)."""
+    """A part of the unit: a function of maps, and how many maps of (B, C, H, W) it reads and writes in each pass."""
 
     run: Callable[..., Tensor]
     inputs: List[Tensor]
@@ -32,7 +31,6 @@ class Part(NamedTuple):
 def parts(unit: nn.Module, x: Tensor, u: Tensor) -> Dict[str, Part]:
     """Returns the parts of a unit with input x, (B, 2C, H, W), and maps like u, (B, C, H, W), in its SK convolution."""
     narrow, wide = unit.sk.branches
-    attn: SelectiveKernelAttn = unit.sk.attn
     other = torch.randn_like(u)
     s, a = u.mean((2, 3), keepdim=True), u.new_full((u.shape[0], 2, u.shape[1]), 0.5)
 
@@ -40,18 +38,18 @@ def parts(unit: nn.Module, x: Tensor, u: Tensor) -> Dict[str, Part]:
         return unit.act(x + y)
 
     return {
-        '1x1': Part(unit.conv1.conv, [x], 3, 5),
-        'its norm and ReLU': Part(unit.conv1.bn, [u], 2, 3),
+        'first 1x1': Part(unit.conv1.conv, [x], 3, 5),
+        'first 1x1, norm and ReLU': Part(unit.conv1.bn, [u], 2, 3),
         '3x3': Part(narrow.conv, [u], 2, 3),
         '3x3 dilated': Part(wide.conv, [u], 2, 3),
-        'norm and ReLU of one branch': Part(narrow.bn, [u], 2, 3),
-        'norm and ReLU of the other': Part(wide.bn, [u], 2, 3),
+        '3x3, norm and ReLU': Part(narrow.bn, [u], 2, 3),
+        '3x3 dilated, norm and ReLU': Part(wide.bn, [u], 2, 3),
         'fuse': Part(lambda u, v: fuse([u, v]), [u, other], 2, 0),
-        'attention': Part(attn, [s], 0, 0),
+        'attention': Part(unit.sk.attn, [s], 0, 0),
         'select': Part(lambda u, v, a: select([u, v], a), [u, other, a], 3, 5),
         'last 1x1': Part(unit.conv3.conv, [u], 3, 5),
-        'its norm': Part(unit.conv3.bn, [x], 4, 6),
-        'residual and ReLU': Part(add, [x, torch.randn_like(x)], 6, 6),
+        'last 1x1, norm': Part(unit.conv3.bn, [x], 4, 6),
+        'sum with the shortcut, ReLU': Part(add, [x, torch.randn_like(x)], 6, 6),
         'whole unit': Part(unit, [x], 0, 0),
     }
 

@@ -41,14 +41,15 @@ def table(runs: List[Dict[str, Any]]) -> str:
         model = timm.create_model('sknet12', num_classes=10, **kwargs).eval()
         parameters = sum(p.numel() for p in model.parameters())
         millions = macs(inference(model, torch.zeros(1, 3, 32, 32))) / 1e6
-        line = [title, f'{parameters:,}', f'{millions:.1f}', f'{len(top1)}', f'{mean(top1):.2f}', '', '', '']
+        deviation = difference = error = ''
         if len(top1) > 1:
-            line[5] = f'{stdev(top1):.2f}'
+            deviation = f'{stdev(top1):.2f}'
         if network != 'selection' and first:
-            line[6] = f'{mean(top1) - mean(first):+.2f}'
+            difference = f'{mean(top1) - mean(first):+.2f}'
             if min(len(top1), len(first)) > 1:
-                line[7] = f'{(stdev(top1) ** 2 / len(top1) + stdev(first) ** 2 / len(first)) ** 0.5:.2f}'
-        lines.append(line)
+                error = f'{(stdev(top1) ** 2 / len(top1) + stdev(first) ** 2 / len(first)) ** 0.5:.2f}'
+        size = f'{parameters:,}', f'{millions:.1f}'
+        lines.append([title, *size, f'{len(top1)}', f'{mean(top1):.2f}', deviation, difference, error])
     return markdown(lines)
 
 

@@ -31,8 +31,8 @@ def find_images(path: Union[str, Path], on_error: Callable[[ValueError], Any] = 
 
     Args:
         path: A folder or a file.
-        on_error: Called with the reason for each folder that cannot be read, for each broken link or device, and for a
-            folder without images. By default, the first one is raised.
+        on_error: Called with the reason for each folder that cannot be read, for each broken link, for each device or
+            pipe with the name of an image, and for a folder without images. By default, the first one is raised.
     """
     if not os.path.isdir(path):
         return [Path(path)]

@@ -116,7 +116,7 @@ class SelectiveKernelConv(nn.Module):
     V = sum_i a_i U_i, channel by channel, with the attention a = softmax(A act(norm(W mean(sum_i U_i)))). With one
     branch the softmax is 1. Then V = U_1, and the layer has no attention parameters.
 
-    Without attention, V = sum_i U_i (equation 1), for comparisons.
+    With `attention=False`, V = sum_i U_i (equation 1), to compare networks with and without selection.
 
     Args:
         in_channels: Number of input channels C_in.
@@ -127,7 +127,7 @@ class SelectiveKernelConv(nn.Module):
         r: Reduction ratio of the attention; its width is d = max(C / r, L).
         L: Minimum attention width.
         attn_channels: Attention width d, used instead of r and L.
-        attention: Select by attention; otherwise, V is the sum of the branches.
+        attention: Whether attention weights the branches. If False, V is their sum.
         split_input: Branch i gets the i-th of M equal parts of the input channels, instead of all of them.
         act_layer: Activation of branches and attention, class or name.
         norm_layer: Normalisation of branches and attention, class or name.

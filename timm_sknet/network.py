@@ -60,7 +60,7 @@ class SKNetCfg:
         r: Reduction ratio of the attention.
         L: Minimum attention width.
         attn_widths: Attention width of each stage, used instead of r and L.
-        attention: The SK convolutions select by attention; otherwise, they add their branches.
+        attention: Whether attention weights the branches of the SK convolutions. If False, they are added.
         split_input: Each branch gets an equal part of the input channels, instead of all of them.
         shortcut_pool: A 2x2 average pool before the projection in a shortcut; the projection then has stride 1.
         act_layer: Activation of the whole network, name or class.
