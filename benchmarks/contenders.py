@@ -30,7 +30,7 @@ def ours(name: str, **kwargs: Any) -> nn.Module:
     return model
 
 
-def without_selection(name: str) -> nn.Module:
+def one_branch(name: str) -> nn.Module:
     """Returns the same network with only its 3x3 branch (M = 1)."""
     return timm.create_model(name, branches=[branch for branch in model_cfgs[name].branches if branch[:2] == (3, 1)])
 
@@ -92,7 +92,7 @@ def contenders(name: str) -> Dict[str, Contender]:
     if name in RESNEXT:
         found['timm ResNeXt'] = partial(timm.create_model, RESNEXT[name])
     else:
-        found['without selection'] = partial(without_selection, name)
+        found['one branch'] = partial(one_branch, name)
     if name in TIMM_SK:
         found['timm SK'] = partial(timm_sk, name)
     found[MEMORY_EFFICIENT] = partial(ours, name, memory_efficient=True)

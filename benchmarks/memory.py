@@ -89,8 +89,8 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
 
 
 def table(rows: List[Dict[str, Any]]) -> str:
-    """Returns the rows as Markdown, in MB and relative to the network without selection."""
-    base = next((row for row in rows if row['contender'] in ('timm ResNeXt', 'without selection')), rows[0])
+    """Returns the rows as Markdown, in MB and relative to ResNeXt, or to the network with one branch."""
+    base = next((row for row in rows if row['contender'] in ('timm ResNeXt', 'one branch')), rows[0])
     lines = [['', 'saved MB', f'over {base["contender"]}', 'peak MB', f'over {base["contender"]}']]
     for row in rows:
         cells = []

@@ -1,8 +1,8 @@
-"""Times each part of an SK unit in each stage of SKNet-50, beside the time that its memory traffic takes at least.
+"""Times each part of an SK unit in each stage of SKNet-50, compared with the minimum time for its memory traffic.
 
     python benchmarks/parts.py --case eval --batch 8 --out results.json
 
-The least time of a part is the size of the maps that it must read and write, each once, over the bandwidth of a large
+The minimum time of a part is the size of the maps that it must read and write, each once, over the bandwidth of a large
 copy. Small maps can be faster, because they stay in a cache. In training, a part runs forward and backward. The last
 row times the whole unit.
 """
@@ -112,8 +112,8 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
 
 
 def table(rows: List[Dict[str, Any]]) -> str:
-    """Returns, for each stage, the milliseconds of each part and the least that they can be."""
-    lines = [['ms (least)', *('{C}x{size}x{size}'.format(**row['place']) for row in rows)]]
+    """Returns, for each stage, the measured and the minimum milliseconds of each part."""
+    lines = [['ms (minimum)', *('{C}x{size}x{size}'.format(**row['place']) for row in rows)]]
     for name in rows[0]['median']:
         lines.append([name, *(f'{1e3 * row["median"][name]:.3f} ({1e3 * row["floor"][name]:.3f})' for row in rows)])
     return markdown(lines)

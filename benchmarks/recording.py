@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from contenders import ours
-from measure import images, interleaved, machine, markdown, ratio
+from measure import device, images, interleaved, machine, markdown, ratio
 
 from timm_sknet.attention import record
 
@@ -18,7 +18,7 @@ def main() -> None:
     lines = [['', 'layout', 'batch', 'size', 'times as long with recording']]
     for name, batch, size, repeats in ROWS:
         for layout in 'channels_last', 'NCHW':
-            models = {'recorded': ours(name).eval(), 'plain': ours(name).eval()}
+            models = {kind: ours(name).eval().to(device()) for kind in ('recorded', 'plain')}
             x = images(batch, size, layout)
             with record(models['recorded']), torch.inference_mode():
                 runs = {kind: partial(model, x) for kind, model in models.items()}

@@ -97,6 +97,7 @@ TABLES = {'memory': memory.table, 'scaling': scaling.table, 'convolutions': conv
 def groups(rows: List[Row]) -> List[List[Row]]:
     """Groups the rows by settings, in the order of `TITLES`. All rows of scaling are one group."""
     found: Dict[str, List[Row]] = {}
+    rows = [row for row in rows if row['settings']['case'] in TITLES]  # parts.py writes other rows
     for row in sorted(rows, key=lambda row: row['settings'].get('model') != 'sknet50'):
         key = 'scaling' if row['settings']['case'] == 'scaling' else json.dumps(row['settings'], sort_keys=True)
         found.setdefault(key, []).append(row)
@@ -259,10 +260,10 @@ def report(rows: List[Row], name: str) -> str:
         f'## In short\n\n{summary(rows)}',
         f'## Targets\n\n{targets(rows)}',
         'The last column shows the ratio of the attention-free network, which is the limit for any SK network with '
-        'these branches. The limit has this reason: each additional branch adds a grouped convolution, and a map that '
-        'must be normalised, activated and added. This is little arithmetic. But on the largest maps, grouped '
-        'convolutions run at a fraction of the speed of 1x1 convolutions (last table). Time therefore grows faster '
-        'with M than the multiply-accumulates do, even without attention (see the exponents).',
+        'these branches. Each additional branch adds a grouped convolution, and a map that must be normalised, '
+        'activated and added. This is little arithmetic. But on the largest maps, grouped convolutions run at a '
+        'fraction of the speed of 1x1 convolutions (last table). Time therefore grows faster with M than the '
+        'multiply-accumulates do, even without attention (see the exponents).',
         'Folding could replace these convolutions exactly by fewer and larger ones. It does not, because this is only '
         'faster where the ratio in the last table is above 1 at every size and batch. The compiler generates the same '
         'loops for every way to write the selection. Tests check that a compiled model is one graph for all batch '

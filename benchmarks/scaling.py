@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Tuple
 
 import numpy as np
 from contenders import folded, ours
-from measure import LAYOUTS, images, inference, interleaved, keep, macs, markdown, options, quartiles, ratio
+from measure import LAYOUTS, device, images, inference, interleaved, keep, macs, markdown, options, quartiles, ratio
 from torch import nn
 
 SIZES = 128, 160, 224, 320, 448, 512
@@ -30,7 +30,8 @@ def points() -> Dict[str, List[Tuple[int, int, int]]]:
 
 
 def network(M: int, layout: str, **kwargs: Any) -> nn.Module:
-    return folded(ours('sknet50', branches=BRANCHES[:M], **kwargs)).to(memory_format=LAYOUTS[layout])
+    model = folded(ours('sknet50', branches=BRANCHES[:M], **kwargs))
+    return model.to(device=device(), memory_format=LAYOUTS[layout])
 
 
 def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:

@@ -131,7 +131,7 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
 def table(rows: List[Dict[str, Any]]) -> str:
     """Returns the rows as Markdown, with milliseconds and the speed over each reference network."""
     references = [row['contender'] for row in rows if not row['contender'].startswith(OURS_AND_GUESTS)]
-    lines = [['', 'median ms', 'quartiles', 'least', *(f'over {name}' for name in references)]]
+    lines = [['', 'median ms', 'quartiles', 'min', *(f'over {name}' for name in references)]]
     for row in rows:
         low, median, high = (f'{1e3 * q:.1f}' for q in row['quartiles'])
         over = row['speed over']

@@ -42,7 +42,7 @@ def test_speed_of_exported_graphs(tmp_path):
         run('speed.py', '--model', 'sknet12', '--size', 32, '--batch', 2, '--rounds', 2, '--case', 'onnx', '--out', out)
     rows = {row['contender']: row for row in json.loads(out.read_text())}
     assert len(rows) == len(json.loads(out.read_text()))
-    assert set(rows) == {'timm_sknet folded', 'attention-free folded', 'without selection folded'}
+    assert set(rows) == {'timm_sknet folded', 'attention-free folded', 'one branch folded'}
     assert all(row['machine']['onnxruntime'] for row in rows.values())
 
 
@@ -118,6 +118,7 @@ def test_bad_arguments_are_named(tmp_path, argv, complaint):
 
 def test_a_report_of_some_networks_leaves_the_rest_blank(tmp_path):
     rows = [row for row in json.loads((BENCHMARKS / 'results.json').read_text()) if row['settings']['case'] == 'bf16']
-    (tmp_path / 'rows.json').write_text(json.dumps(rows[:3]))
+    parts = {**rows[0], 'settings': {'case': 'parts eval'}}  # a row of parts.py
+    (tmp_path / 'rows.json').write_text(json.dumps([*rows[:3], parts]))
     run('report.py', tmp_path / 'rows.json', tmp_path / 'some.md')
     assert '| compiled | NCHW | 8 | timm SK | >= 1.00 |  |  |' in (tmp_path / 'some.md').read_text()

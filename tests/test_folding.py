@@ -15,9 +15,10 @@ from timm_sknet.layers import ConvNormAct, SelectiveKernelAttn
 
 VARIANTS = {
     **{name: (name, {}) for name in MODELS if '101' not in name},  # the same units as in the smaller ones
-    'without selection': ('sknet12', dict(branches=[[3, 1, 1]])),
+    'one branch': ('sknet12', dict(branches=[[3, 1, 1]])),
     'three branches': ('sknet12', dict(branches=[[1, 1, 1], [3, 1, 1], [5, 1, 1]])),
     'another activation': ('sknet12', dict(act_layer='silu')),
+    'activation with parameters': ('sknet12', dict(act_layer='prelu')),
     'frozen': ('sknet12', {}),
     'sync': ('sknet12', {}),
     'float64': ('sknet12', dict(dtype=torch.float64)),
@@ -90,7 +91,13 @@ def another_fc2(layer):
     nn.init.normal_(layer.attn.fc2.bias)
 
 
+def divide_logits(layer):
+    attn = layer.attn
+    attn.forward = lambda s: (attn.fc2(attn.bn(attn.fc1(s))) / 2).reshape(-1, 2, 32).softmax(1)
+
+
 CHANGES = {
+    "attention's forward": divide_logits,
     'attention': lambda layer: setattr(layer.attn, '__class__', Warm),
     'branch': lambda layer: setattr(layer.branches[0], '__class__', Double),
     'shared convolution': share,

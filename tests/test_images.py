@@ -279,7 +279,7 @@ def test_workers_predict_the_same(model, files):
 
 @pytest.mark.slow
 def test_workers_can_be_started_as_on_macos_and_windows(model, files, monkeypatch):
-    Image.new('RGB', (9500, 9500)).save(files[0], compress_level=1)  # Pillow warns above 89 million pixels
+    Image.new('1', (13500, 13500)).save(files[0])  # Pillow raises an error above 179 million pixels
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method('spawn', force=True)
     try:

@@ -219,7 +219,7 @@ def test_activation_and_norm_reach_branches_and_attention(act, norm):
         (dict(branches=[[4, 1, 2]]), r'odd kernel size.*\[4, 1, 2\]'),
         (dict(branches=[[3, 0, 2]]), r'dilation.*\[3, 0, 2\]'),
         (dict(branches=[[3, 1, -1]]), r'groups.*\[3, 1, -1\]'),
-        (dict(branches=[[3, 1, 5]]), '5 groups do not divide 16'),
+        (dict(branches=[[3, 1, 5]]), 'must be divisible by its 5 groups, got 16'),
         (dict(stride=0), 'stride.*0'),
         (dict(dilation=0), 'dilation.*0'),
         (dict(attn_channels=0), 'attention width.*0'),
@@ -229,6 +229,12 @@ def test_activation_and_norm_reach_branches_and_attention(act, norm):
 def test_bad_arguments_are_named(kwargs, words):
     with pytest.raises(ValueError, match=words):
         SelectiveKernelConv(16, **{'branches': BRANCHES['M=2, paper'], **kwargs})
+
+
+@pytest.mark.parametrize('branches', [[], 3])
+def test_bad_branches_are_named_with_split_input(branches):
+    with pytest.raises(ValueError, match='branches must be'):
+        SelectiveKernelConv(16, branches=branches, split_input=True)
 
 
 def test_training_batch_of_one_names_the_remedies():

@@ -238,7 +238,7 @@ def test_a_bad_file_on_the_hub_ends_in_an_error_until_it_is_corrected(load, net,
         save_file(spoil(kind, load_file(file)), file)
     with hub(net) as address:
         outcome = load(address, tmp_path / 'home', **kwargs)
-        assert is_error(outcome, cause, 'The file on the Hub is corrupted or belongs to another network')
+        assert is_error(outcome, cause, 'the file on the Hub is corrupted or belongs to another network')
         file.write_bytes(good)
         assert load(address, tmp_path / 'home') == 'right'
 

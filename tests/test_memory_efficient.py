@@ -482,6 +482,30 @@ def test_functional_gradients_are_those_of_autograd():
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-9, atol=1e-12)
 
 
+def hessian_vector_products(m, x):
+    """Forward over reverse, and reverse over reverse."""
+    parameters = {name: p.detach() for name, p in m.named_parameters()}
+    vector = {name: p.flip(0) for name, p in parameters.items()}
+
+    def loss(parameters):
+        buffers = {name: b.clone() for name, b in m.named_buffers()}
+        return torch.func.functional_call(m, (parameters, buffers), (x,)).square().mean()
+
+    gradient = torch.func.grad(loss)
+
+    def product(parameters):
+        return sum((vector[name] * g).sum() for name, g in gradient(parameters).items())
+
+    return torch.func.jvp(gradient, (parameters,), (vector,))[1], torch.func.grad(product)(parameters)
+
+
+@pytest.mark.parametrize('M', [2, 3])
+def test_nested_functional_transforms_give_the_derivatives_of_autograd(M):
+    x = images(3, 16, 5, 5)
+    products = [hessian_vector_products(m, x) for m in pair(M)]
+    torch.testing.assert_close(*products, rtol=1e-9, atol=1e-12)
+
+
 def test_forward_mode_gives_the_derivative_of_autograd():
     x = images(3, 16, 5, 5)
     tangents = []

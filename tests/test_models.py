@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -212,7 +213,7 @@ def test_unknown_arguments_are_refused(name, argument):
         (
             'sk_resnet18_timm',
             dict(branches=[[3, 1, 1]] * 3),
-            'split_input needs input channels that 3 branches divide, got 64',
+            r'in_channels must be divisible by the number of branches \(3\), got 64',
         ),
         (
             'sknet50',
@@ -221,7 +222,7 @@ def test_unknown_arguments_are_refused(name, argument):
         ),
         ('sknet50', dict(depths=[1, 2]), r'mid_widths must have one value for each of the 2 stages'),
         ('sknet50', dict(attn_widths=[1, 2]), r'attn_widths must have one value for each of the 4 stages.*\[1, 2\]'),
-        ('sknet50', dict(branches=[[3, 1, 7]]), '7 groups do not divide 128'),
+        ('sknet50', dict(branches=[[3, 1, 7]]), 'must be divisible by its 7 groups, got 128 and 128'),
     ],
 )
 def test_impossible_arguments_are_named(name, kwargs, words):
@@ -364,6 +365,31 @@ def test_full_backward_hooks_on_every_layer_are_called(name, memory_efficient):
         layer.register_full_backward_hook(lambda layer, *gradients: called.add(layer))
     model(torch.randn(2, 3, 32, 32, requires_grad=True)).mean().backward()
     assert called == layers
+
+
+@pytest.mark.parametrize('name', ['sknet26', 'sknet12', 'sk_shufflenetv2_x0_5'])  # the three kinds of units
+def test_a_traced_model_agrees_with_and_without_gradients(name):
+    model = timm.create_model(name).eval()
+    x, other = torch.randn(1, 3, 64, 64), torch.randn(2, 3, 64, 64)
+    for gradients in True, False:
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(torch.jit.trace(model, x)(other), model(other), rtol=1e-4, atol=1e-5)
+
+
+def test_any_stride_gives_all_paths_of_a_unit_the_same_size():
+    model = timm.create_model('sknet12', strides=[1, 3, 4]).eval()
+    for size in range(32, 38):
+        assert model.forward_features(torch.randn(1, 3, size, size)).shape[2] == math.ceil(math.ceil(size / 3) / 4)
+
+
+def test_fewer_than_no_classes_leave_out_the_classifier_as_in_timm():
+    assert timm.create_model('sknet12', num_classes=-1)(torch.randn(2, 3, 32, 32)).shape == (2, 96)
+
+
+def test_the_callers_cfg_is_not_changed():
+    cfg = {'input_size': [3, 64, 64]}  # from JSON
+    model = timm.create_model('sknet12', pretrained_cfg=cfg)
+    assert cfg == {'input_size': [3, 64, 64]} and model.pretrained_cfg['input_size'] == (3, 64, 64)
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -127,10 +127,10 @@ def _parser() -> argparse.ArgumentParser:
 
     attention = commands.add_parser(
         'attention',
-        help='plot how the attention of SK units changes as objects grow',
-        description='Plot the attention to the wide branch minus the attention to the narrow branch for images that '
-        'are enlarged about their centre, as in the figures of the paper. For image files, plot each image: all units, '
-        'and the channels of one unit. For a folder, plot means over the images: all units, and each class in some '
+        help='draw how the attention of SK units changes while images are enlarged',
+        description='Draw the attention of the wide branch minus the attention of the narrow branch for images that '
+        'are enlarged around their centre, as in the paper. For image files, draw each image: all units, '
+        'and the channels of one unit. For a folder, draw means over the images: all units, and each class in some '
         'units. The class of an image is the name of its folder. To continue an interrupted run over a folder, repeat '
         f'the command. {PREPROCESSING}',
         epilog=EXIT_CODES,
@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs='+',
         default=[],
         metavar='NAME',
-        help='SK units to plot in detail, such as SK_3_2: per class for a folder, per channel for images (default: '
+        help='SK units to draw in detail, such as SK_3_2: per class for a folder, per channel for images (default: '
         'units shown in the paper)',
     )
     _add_speed_options(
@@ -187,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser(
         'convert',
-        help="convert the authors' files and other weights",
+        help='convert weights to a folder for timm and transformers',
         description='Convert weights to a folder that timm, its scripts and transformers load.',
         epilog='Exit code: 0 if the folder was written, 2 if not. Errors are reported in one line on stderr.',
     )

@@ -40,7 +40,7 @@ def fold(conv: nn.Module, norm: nn.Module) -> Tuple[nn.Module, nn.Module]:
         return conv, norm
     if any(is_customized(m) for m in (conv, norm, norm.drop)):
         return conv, norm
-    folded, norm = copy.deepcopy(conv), copy.deepcopy(norm).double()
+    folded, act, norm = copy.deepcopy(conv), copy.deepcopy(norm.act), copy.deepcopy(norm).double()
     bias = None if conv.bias is None else conv.bias.double()
     fused = fuse_conv_bn_weights(
         conv.weight.double(), bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
@@ -48,7 +48,7 @@ def fold(conv: nn.Module, norm: nn.Module) -> Tuple[nn.Module, nn.Module]:
     for name, value in zip(('weight', 'bias'), fused):
         trainable = conv.weight.requires_grad
         setattr(folded, name, nn.Parameter(value.detach().to(conv.weight), requires_grad=trainable))
-    return folded, Folded(norm.act).train(conv.training)
+    return folded, Folded(act).train(conv.training)
 
 
 def is_customized(m: nn.Module) -> bool:

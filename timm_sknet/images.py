@@ -91,21 +91,26 @@ def pillow_for_photographs() -> Iterator[None]:
     By default, Pillow warns above 89 million pixels, and raises an error above 179 million. Its warnings do not name
     the file.
     """
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MOST_PIXELS
+    before = Image.MAX_IMAGE_PIXELS
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', module='PIL')
-            warnings.simplefilter('error', Image.DecompressionBombWarning)
+            _set_up_pillow()
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
 
 
+def _set_up_pillow() -> None:
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS
+    warnings.filterwarnings('ignore', module='PIL')
+    warnings.simplefilter('error', Image.DecompressionBombWarning)
+
+
 def read_image(file: Path, mode: str = 'RGB') -> Image.Image:
     """Reads an image with Pillow, rotated as its EXIF orientation says, with white instead of transparency.
 
-    Without these marks, the result is that of timm's readers. Images with more than 8 bits per channel are not
-    supported: Pillow's conversion turns most of their pixels white.
+    Images without EXIF orientation and transparency are read as by timm. Images with more than 8 bits per channel are
+    not supported: Pillow's conversion turns most of their pixels white.
 
     Raises:
         ValueError: If the file cannot be read. The message names the file and the cause.
@@ -181,8 +186,8 @@ def load_batches(
     Args:
         images: An `ImageFiles`, or a part of it.
         batch_size: Largest number of images in a batch.
-        workers: Largest number of processes that load batches, in addition to this one. None for one per CPU core and
-            at least 8 images, or 0 if there is only one batch.
+        workers: Largest number of processes that load batches, in addition to this one. None for one per CPU core,
+            with at least 8 images each, or 0 if there is only one batch.
         finish: Called with the images of a batch, in the process that loads the batch. By default, they become a NumPy
             array, because workers would send a tensor through shared memory, and containers have little of it.
 
@@ -207,7 +212,7 @@ def _cpu_cores() -> int:
 
 
 def _start_worker(number: int) -> None:
-    pillow_for_photographs().__enter__()  # for the life of the process, which may not inherit it
+    _set_up_pillow()  # the process may not inherit it
 
 
 def _collate(finish: Callable[[Tensor], Any], items: Sequence[Union[Tensor, ValueError]]) -> Any:

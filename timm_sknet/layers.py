@@ -2,7 +2,7 @@
 
 import copy
 import operator
-from typing import Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import timm.layers
 import torch
@@ -34,7 +34,7 @@ def _check_batch(s: Tensor) -> None:
 
 
 class ConvNormAct(timm.layers.ConvNormAct):
-    """timm's ConvNormAct with a method by which `timm.utils.reparameterize_model` folds it."""
+    """timm's ConvNormAct with the method that `timm.utils.reparameterize_model` calls to fold batch norms."""
 
     def reparameterize(self) -> None:
         if type(self) is ConvNormAct:
@@ -81,7 +81,7 @@ class SelectiveKernelAttn(nn.Module):
         The softmax over two logits depends only on their difference d: a_1 = sigmoid(d) and a_2 = sigmoid(-d). So the
         two halves of A are replaced by their difference.
         """
-        if type(self) is not SelectiveKernelAttn:
+        if type(self) is not SelectiveKernelAttn or 'forward' in vars(self):
             return
         self.fc1, self.bn = fold(self.fc1, self.bn)
         fc2 = self.fc2
@@ -116,7 +116,7 @@ class SelectiveKernelConv(nn.Module):
     V = sum_i a_i U_i, channel by channel, with the attention a = softmax(A act(norm(W mean(sum_i U_i)))). With one
     branch the softmax is 1. Then V = U_1, and the layer has no attention parameters.
 
-    With `attention=False`, V = sum_i U_i (equation 1), to compare networks with and without selection.
+    With `attention=False`, V = sum_i U_i (equation 1), to compare networks with and without attention.
 
     Args:
         in_channels: Number of input channels C_in.
@@ -127,7 +127,7 @@ class SelectiveKernelConv(nn.Module):
         r: Reduction ratio of the attention; its width is d = max(C / r, L).
         L: Minimum attention width.
         attn_channels: Attention width d, used instead of r and L.
-        attention: Whether attention weights the branches. If False, V is their sum.
+        attention: Whether the branches are weighted by attention. If False, V is their sum.
         split_input: Branch i gets the i-th of M equal parts of the input channels, instead of all of them.
         act_layer: Activation of branches and attention, class or name.
         norm_layer: Normalisation of branches and attention, class or name.
@@ -161,13 +161,20 @@ class SelectiveKernelConv(nn.Module):
         self.split_input = split_input
         self.memory_efficient = memory_efficient
         out_channels = in_channels if out_channels is None else out_channels
+        branches = check_branches(branches)
         if split_input and in_channels % len(branches):
             raise ValueError(
-                f'split_input needs input channels that {len(branches)} branches divide, got {in_channels}. Choose '
-                'another width or number of branches.'
+                f'With split_input, in_channels must be divisible by the number of branches ({len(branches)}), got '
+                f'{in_channels}. Choose another width or number of branches.'
             )
         in_channels //= len(branches) if split_input else 1
-        branches = normalize_branches(branches, in_channels, out_channels)
+        branches = [(k, D, G or in_channels) for k, D, G in branches]
+        for k, D, G in branches:
+            if in_channels % G or out_channels % G:
+                raise ValueError(
+                    f'Input and output channels of branch {[k, D, G]} must be divisible by its {G} groups, got '
+                    f'{in_channels} and {out_channels}.'
+                )
         if attn_channels is None:
             if r <= 0:
                 raise ValueError(f'r must be positive, got {r}.')
@@ -223,31 +230,23 @@ class SelectiveKernelConv(nn.Module):
         return V
 
 
-def normalize_branches(branches: Sequence[Branch], in_channels: int, out_channels: int) -> Tuple[Branch, ...]:
-    """Returns the branches as tuples, with 0 groups (depthwise) replaced by the number of input channels.
+def check_branches(branches: Sequence[Branch]) -> List[Branch]:
+    """Returns the branches as tuples of integers.
 
     Raises:
-        ValueError: If a branch is not (kernel size, dilation, groups), or if its groups do not divide the channels.
+        ValueError: If there is no branch, or if a branch is not (kernel size, dilation, groups).
     """
     form = 'a sequence of (kernel size, dilation, groups), such as [[3, 1, 32], [3, 2, 32]]'
     try:
-        triples = [tuple(operator.index(v) for v in (k, D, G)) for k, D, G in branches]
+        triples = [(operator.index(k), operator.index(D), operator.index(G)) for k, D, G in branches]
     except (TypeError, ValueError):
         raise ValueError(f'branches must be {form}, got {branches!r}.') from None
     if not triples:
         raise ValueError(f'branches must be {form}, with at least one branch, got {branches!r}.')
-    normalized = []
     for k, D, G in triples:
         if k < 1 or k % 2 == 0 or D < 1 or G < 0:
             raise ValueError(
                 f'A branch needs an odd kernel size, a dilation of at least 1 and groups of at least 0 (0: depthwise), '
                 f'got {[k, D, G]}.'
             )
-        G = G or in_channels
-        if in_channels % G or out_channels % G:
-            raise ValueError(
-                f'{G} groups do not divide {in_channels} input and {out_channels} output channels of branch '
-                f'{[k, D, G]}. Choose groups that divide both.'
-            )
-        normalized.append((k, D, G))
-    return tuple(normalized)
+    return triples

@@ -112,8 +112,8 @@ class PretrainedWeights:
     def _remedy(self) -> str:
         if self.on_hub:
             return (
-                'The file on the Hub is corrupted or belongs to another network. Leave out arguments that change the '
-                'network, choose another revision, or tell the owner of the repository.'
+                'Leave out arguments that change the network. If there are none, the file on the Hub is corrupted or '
+                'belongs to another network: choose another revision, or tell the owner of the repository.'
             )
         return 'Choose weights of this network, and leave out arguments that change it.'
 
@@ -162,8 +162,8 @@ def is_truncated(file: Path) -> bool:
 def restore(model: nn.Module, state: Mapping[str, Tensor], except_classifier: bool) -> None:
     """Makes the weights of a model equal to the checked ones.
 
-    After the check, older releases of timm remove the weights of a first convolution that has, for example, four input
-    channels, and leave the initial weights.
+    For some `in_chans`, such as 4, older releases of timm drop the weights of the first convolution, which then keeps
+    its initial weights.
 
     Args:
         model: The network that timm has loaded.

@@ -60,7 +60,7 @@ class SKNetCfg:
         r: Reduction ratio of the attention.
         L: Minimum attention width.
         attn_widths: Attention width of each stage, used instead of r and L.
-        attention: Whether attention weights the branches of the SK convolutions. If False, they are added.
+        attention: Whether the branches of the SK convolutions are weighted by attention. If False, they are added.
         split_input: Each branch gets an equal part of the input channels, instead of all of them.
         shortcut_pool: A 2x2 average pool before the projection in a shortcut; the projection then has stride 1.
         act_layer: Activation of the whole network, name or class.
@@ -112,7 +112,7 @@ class SKNetCfg:
         return len(self.depths) + bool(self.stem_pool) + (self.strides[0] > 1)
 
     def override(self, **kwargs: Any) -> 'SKNetCfg':
-        """Returns a copy with the fields replaced that are not None. A new norm layer has its own momentum and eps."""
+        """Returns a copy with other values; None keeps a field. A new norm layer has its own momentum and eps."""
         if kwargs.get('norm_layer') is not None:
             self = replace(self, bn_momentum=None, bn_eps=None)
         return replace(self, **{k: v for k, v in kwargs.items() if v is not None})
@@ -152,7 +152,7 @@ class Stem(ConvNormAct):
 
 
 class MaxPoolSame(nn.Module):
-    """3x3 max pool of stride 2 with TensorFlow's SAME padding: on both sides of odd sizes, only behind even sizes.
+    """3x3 max pool of stride 2 with TensorFlow's SAME padding: odd sizes on both sides, even sizes only at the end.
 
     torch.fx cannot trace timm's `MaxPool2dSame`.
     """
@@ -171,7 +171,7 @@ class ShortcutPool(nn.Module):
     Args:
         stride: Stride of the pool.
         dilation: Distance of the four averaged values.
-        zeros: Whether the padding counts as zeros.
+        zeros: Pad with zeros instead of the values at the edge.
     """
 
     def __init__(self, stride: int, dilation: int, zeros: bool):
@@ -197,7 +197,7 @@ class ResidualUnit(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if spec.project:
             stride = spec.stride if spec.pool is None else 1
-            self.shortcut = spec.conv(spec.in_chs, spec.out_chs, 1, stride=stride, apply_act=False)
+            self.shortcut = spec.conv(spec.in_chs, spec.out_chs, 1, stride=stride, padding=0, apply_act=False)
             if spec.pool is not None:
                 self.shortcut = nn.Sequential(spec.pool, self.shortcut)
         self.drop_path = DropPath(spec.drop_path) if spec.drop_path else nn.Identity()
@@ -208,7 +208,7 @@ class ResidualUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.drop_path(self.residual(x))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.jit.is_tracing():  # a trace must be the same with and without gradients
             y = y + self.shortcut(x)  # with full backward hooks on its layers, y must not be changed in place
         else:
             y += self.shortcut(x)  # in place, which avoids a new map: the residual is not needed again
@@ -448,7 +448,7 @@ class SKNet(nn.Module):
                 if isinstance(m, SelectiveKernelAttn):
                     nn.init.normal_(m.fc1.weight, std=0.01)
                     nn.init.normal_(m.fc2.weight, std=0.01)
-        if init != 'pytorch' and self.num_classes:
+        if init != 'pytorch' and self.num_classes > 0:
             nn.init.normal_(self.head.fc.weight, std=0.01)
             nn.init.zeros_(self.head.fc.bias)
         if zero_init_last:

@@ -89,7 +89,7 @@ def recompute_in_backward(U: List[Tensor], V: Tensor) -> Tensor:
     place and the batch norm uses batch statistics and has trainable parameters. Any other U_i is kept, for example if
     it has another activation, or if a hook or a function mode has changed it. Changes that autograd does not see
     (through `.data` or by a `TorchDispatchMode`) are not detected. If other saved-tensor hooks are active, as in
-    checkpointing, they decide what is kept.
+    checkpointing, they decide what is kept. Inside transforms of torch.func, every U_i is kept.
 
     Args:
         U: The M >= 2 branch outputs, each (B, C, H, W).
@@ -98,8 +98,8 @@ def recompute_in_backward(U: List[Tensor], V: Tensor) -> Tensor:
     Returns:
         V itself.
     """
-    if torch.compiler.is_compiling():  # the compiler decides what to keep
-        return V
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return V  # the compiler decides what to keep; torch.func nests graphs that the hooks below do not see
     # PyTorch's notes on autograd document the attributes `_saved_` and `_raw_saved_`.
     for u, (node, index, saved) in zip(U, _uses(V, len(U))):
         relu: Any = u.grad_fn

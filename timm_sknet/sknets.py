@@ -358,13 +358,13 @@ default_cfgs = generate_default_cfgs({name: entry.cfg for name, entry in weights
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
     named = kwargs.get('pretrained_cfg')
     if isinstance(named, dict) and 'input_size' in named:  # JSON gives a list, but timm's scripts concatenate tuples
-        named['input_size'] = tuple(named['input_size'])
+        named = kwargs['pretrained_cfg'] = {**named, 'input_size': tuple(named['input_size'])}
     cfg = resolve_pretrained_cfg(variant, named, kwargs.get('pretrained_cfg_overlay'))
     if pretrained and not (cfg.has_weights or cfg.source or cfg.state_dict):
         trained = [name for name, entry in weights.items() if entry.source and not entry.file_url]
         name = f'{variant}.{cfg.tag}'
         file = weights[name].file_url if name in weights else ''
-        remedy = f"convert the authors' file ({file}) with `timm-sknet convert`, " if file else ''
+        remedy = f'convert the published file ({file}, see docs/weights.md) with `timm-sknet convert`, ' if file else ''
         raise ValueError(
             f'There are no public weights of {name if file else variant} that timm can load. Use pretrained=False, '
             f'{remedy}load your own weights, or choose a model with weights: {", ".join(trained)}.'

@@ -481,6 +481,8 @@ def test_an_interrupted_experiment_continues(folder, model, tmp_path):
     assert torch.equal(again.difference, whole.difference) and torch.equal(again.extent, whole.extent)
     for name, profile in whole.profile.items():
         torch.testing.assert_close(again.profile[name], profile)
+        for statistic in 'count', 'mean', 'std':
+            torch.testing.assert_close(getattr(again.units[name], statistic), getattr(whole.units[name], statistic))
 
     for other, scales in (kept, [1, 2]), (b'not a state', [1, 1.5, 2]):  # a state of another run, and an invalid file
         seen.clear()
@@ -488,6 +490,30 @@ def test_an_interrupted_experiment_continues(folder, model, tmp_path):
         scale_experiment(model, files, scales, state=state)
         assert sum(seen) == 12 * len(scales) and not state.exists()
     handle.remove()
+
+
+def test_an_interruption_while_an_error_is_reported_counts_no_image_twice(folder, model, tmp_path):
+    broken, *files = sorted(files_of(folder), key=lambda file: file.name != 'broken.png')
+    whole = scale_experiment(model, files, batch_size=6)
+    for order in [*files[:3], broken, *files[3:]], [*files, broken]:  # then only the broken image remains
+
+        def interrupt(error):
+            raise KeyboardInterrupt
+
+        state = tmp_path / 'state'
+        with pytest.raises(KeyboardInterrupt):
+            scale_experiment(model, order, state=state, batch_size=6, on_error=interrupt)
+        again = scale_experiment(model, order, state=state, batch_size=6)
+        assert torch.equal(again.difference, whole.difference) and not state.exists()
+        for name, unit in whole.units.items():
+            torch.testing.assert_close(again.profile[name], whole.profile[name])
+            torch.testing.assert_close(again.units[name].mean, unit.mean)
+
+
+def test_progress_that_cannot_be_saved_is_an_ordinary_error(folder, model, tmp_path, monkeypatch):
+    monkeypatch.setattr('timm_sknet.attention.scale.SAVE_EVERY', 0)
+    with pytest.raises(OSError, match='none/state: the progress cannot be saved'):
+        scale_experiment(model, files_of(folder), state=tmp_path / 'none' / 'state')
 
 
 @pytest.mark.parametrize('scales', [[], [0.5], [1, math.nan], [math.inf], [17], [1, 1]])

@@ -245,6 +245,10 @@ def test_a_checkpoint_or_a_folder_is_of_the_model_that_it_names(tiny_caffe, run,
     torch.save({'state_dict': model.state_dict(), 'args': arguments}, tmp_path / 'last.pth.tar')
     code, err = run(tmp_path / 'last.pth.tar', other)
     assert code == 2 and f'use --arch {name}.' in err
+    config_json = (folder / 'config.json').rename(tmp_path / 'config.json')
+    code, err = run(tmp_path / 'last.pth.tar', name)
+    assert code == 2 and f'was trained from local-dir:{folder}, whose config.json cannot be read' in err
+    config_json.rename(folder / 'config.json')
     assert_same(load(converted(tmp_path / 'last.pth.tar', name)), model)
 
 
@@ -410,7 +414,7 @@ def test_a_checkpoint_of_lightning(lightning_checkpoint, converted):
 
 def test_a_checkpoint_of_lightning_with_other_modules_names_the_part_to_save(lightning_checkpoint, run):
     code, err = run(lightning_checkpoint(network=trained(), loss=nn.Linear(2, 2)), 'sknet12')
-    assert code == 2 and 'a checkpoint of Lightning. The weights do not match sknet12: 0 of its' in err
+    assert code == 2 and 'The weights (a checkpoint of Lightning) do not match sknet12: 0 of its' in err
     assert 'The tensors under network. look like sknet12. Save them alone, without this prefix: {key.' in err
     code, err = run(lightning_checkpoint(network=nn.Linear(2, 2)), 'sknet12')
     assert code == 2 and 'torch.save(module.NETWORK.state_dict(), FILE)' in err
@@ -958,7 +962,7 @@ def test_an_origin_is_named_only_if_all_shapes_fit(tiny, run, converted, tmp_pat
     assert "from a checkpoint of the authors' PyTorch variant" in (folder / 'README.md').read_text()
     torch.save(state | {'module.conv1.weight': torch.ones(64, 3, 3, 3)}, tmp_path / 'theirs.pth')
     code, err = run(tmp_path / 'theirs.pth', 'sk_resnet50', '--force')
-    assert code == 2 and 'a state dict. The weights do not match sk_resnet50: stem.conv.weight has the shape' in err
+    assert code == 2 and 'The weights (a state dict) do not match sk_resnet50: stem.conv.weight has the shape' in err
     assert "The keys are those of the authors' PyTorch code, but no model of this package has these shapes." in err
 
 
@@ -976,7 +980,7 @@ def test_the_backbone_of_a_detector_is_named(tiny, run, tmp_path):
     state |= {'neck.weight': torch.ones(3), 'bbox_head.weight': torch.ones(3)}
     torch.save({'state_dict': state, 'meta': {'mmdet_version': '1.0'}}, tmp_path / 'detector.pth')
     code, err = run(tmp_path / 'detector.pth', 'sk_resnet50')
-    assert code == 2 and 'a checkpoint of OpenMMLab (MMDetection and others). The weights do not match' in err
+    assert code == 2 and 'The weights (a checkpoint of OpenMMLab (MMDetection and others)) do not match' in err
     assert 'The tensors under backbone. look like sk_resnet50. Save them alone, without this prefix' in err
 
 

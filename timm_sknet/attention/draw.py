@@ -30,7 +30,8 @@ def draw(
         out: The figure, a .png or .svg file.
         csv: A .csv file for the numbers.
         scales: Factors by which the images are enlarged.
-        units: Names of the SK units whose channels are drawn; empty for the typical ones.
+        units: Names of the SK units to draw in detail: per channel for images, per class for a folder. If empty, the
+            units shown in the paper.
         workers: As for `scale_experiment`.
         on_error: Called with the reason for each image or folder that cannot be read.
         device: As for `timm_sknet.predict.load_model`.
@@ -43,7 +44,7 @@ def draw(
         ImportError: If matplotlib is missing.
         OSError: If a file cannot be written.
         RuntimeError: If the model cannot be loaded, or the device is not available.
-        ValueError: For unsuitable arguments.
+        ValueError: If an argument is invalid.
     """
     try:
         from timm_sknet.attention.figures import FORMATS, MOST_IMAGES, draw_classes, draw_images

@@ -24,7 +24,7 @@ class Unit:
         name: The name as in the paper: SK_3_4 is the fourth unit of the third stage in the paper's table 1, where the
             stem is the first stage. If the model has no numbered stages, it is the path of the module.
         path: Path of the SK convolution in the module tree.
-        extents: Kernel extent (k - 1) D + 1 of each of the M branches, in pixels of the unit's input.
+        extents: Effective kernel size (k - 1) D + 1 of each of the M branches, in pixels of the unit's input.
         last: Attention weights of the last batch, (B, M, C), in the order of its images and of the branches. Before the
             first batch, B is 0.
     """
@@ -61,6 +61,12 @@ class Unit:
         self._count += a.shape[0]
         self._sums += torch.stack((a, a.square())).sum(1)
 
+    def set_sums(self, sums: Tensor, count: int) -> None:
+        """Replaces the statistics: the sums of the attention and of its square, (2, M, C), over `count` images."""
+        self._pending = []
+        self._sums = sums.to(self._sums)
+        self._count = torch.full_like(self._count, count)
+
     @property
     def count(self) -> int:
         """Number of images. With gradient checkpointing, an image counts twice, because the units run twice."""
@@ -86,18 +92,18 @@ class Unit:
 
     @property
     def difference(self) -> Tensor:
-        """Mean attention to the widest branch minus the attention to the narrowest, (C,), as in the paper's figures."""
+        """Mean attention of the widest branch minus the attention of the narrowest, (C,), as in the paper's figures."""
         return self.difference_of(self.mean)
 
     @property
     def extent(self) -> Tensor:
-        """Effective kernel extent of each channel, (C,): the branches' extents, weighted by the mean attention."""
+        """Mean of the branches' effective kernel sizes, weighted by the mean attention, (C,)."""
         return self.extent_of(self.mean)
 
     def difference_of(self, a: Tensor) -> Tensor:
         """Returns `difference` for given attention weights, (..., M, C) -> (..., C).
 
-        If branches have the same extent, the first counts as narrow and the last as wide.
+        If branches have the same effective kernel size, the first counts as narrow and the last as wide.
         """
         wide = max(range(len(self.extents)), key=lambda i: (self.extents[i], i))
         return a[..., wide, :] - a[..., self.extents.index(min(self.extents)), :]
@@ -118,8 +124,8 @@ def record(model: nn.Module) -> Iterator[Dict[str, Unit]]:
     """Context manager that records the attention of all SK units in the forward passes of a model.
 
     It finds each `SelectiveKernelConv` and each `SelectiveKernel` of timm with two or more branches. The model can be
-    folded, in training mode, or compiled, before or inside the context. The outputs do not change. Only statistics and
-    the attention weights of the last batches are stored, so the memory does not grow. Not thread-safe.
+    in training mode, folded before the context, or compiled before or inside it. The outputs do not change. Only
+    statistics and the attention weights of the last batches are stored, so the memory does not grow. Not thread-safe.
 
     Args:
         model: The model, or the result of torch.compile.

@@ -120,28 +120,30 @@ def scale_experiment(
         ):
             for errors, images in batches:
                 rows = [done + i for i, error in enumerate(errors) if not error]
+                sums = dict(kept)
                 if images is not None:
                     model(torch.from_numpy(images).flatten(0, 1).to(device, memory_format=layout))
                     for u, unit in enumerate(units.values()):
-                        a = unit.last.float().unflatten(0, (len(rows), len(scales))).cpu()
-                        difference = unit.difference_of(a)
-                        values[rows, 0, :, u] = difference.mean(-1)
-                        values[rows, 1, :, u] = unit.extent_of(a).mean(-1)
-                        kept[unit.name] = kept.get(unit.name, 0) + difference.sum(0, dtype=torch.float64)
+                        a = unit.last.double().unflatten(0, (len(rows), len(scales))).cpu()
+                        values[rows, 0, :, u] = unit.difference_of(a).mean(-1).float()
+                        values[rows, 1, :, u] = unit.extent_of(a).mean(-1).float()
+                        sums[unit.name] = sums.get(unit.name, 0) + torch.stack((a, a.square())).sum(1)
+                done, kept = done + len(errors), sums  # at once, because the run can be interrupted anywhere
                 for error in filter(None, errors):
                     on_error(error)
-                done += len(errors)
                 bar.update(len(errors))
                 if time.monotonic() > saved + SAVE_EVERY:
                     save()
                     saved = time.monotonic()
             if not kept:
                 raise ValueError('None of the images can be read.')
+            read = [i for i, row in enumerate(values) if not row.isnan().any()]
+            for name, unit in units.items():  # including the images of an interrupted run
+                unit.set_sums(kept[name].sum(1), len(read) * len(scales))
     finally:
         save()
     if state:
         state.unlink(missing_ok=True)
-    read = [i for i, row in enumerate(values) if not row.isnan().any()]
     return ScaleResult(
         files=[files[i] for i in read],
         classes=[Path(files[i]).absolute().parent.name for i in read],
@@ -149,7 +151,7 @@ def scale_experiment(
         units=units,
         difference=values[read, 0],
         extent=values[read, 1],
-        profile={name: kept[name] / len(read) for name in units},
+        profile={name: unit.difference_of(kept[name][0] / len(read)) for name, unit in units.items()},
     )
 
 
@@ -214,7 +216,10 @@ def _identity(model: nn.Module, files: Sequence[Path], scales: Sequence[float]) 
 
 def _save_state(state: Path, identity: str, tensors: Dict[str, Tensor]) -> None:
     with replacing(state) as unfinished:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished, {'run': identity})
+        try:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished, {'run': identity})
+        except SafetensorError as e:
+            raise OSError(f'{state}: the progress cannot be saved: {e}') from e
 
 
 def _load_state(state: Optional[Path], identity: str) -> Dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Says what a file is that cannot be converted, and what to do with it."""
+"""Identifies files that cannot be converted, and says what to do with them."""
 
 from typing import Any, Collection, Mapping, Sequence
 
@@ -22,7 +22,7 @@ def list_names(names: Collection[str], most: int = 3) -> str:
 
 
 def text_file(start: bytes) -> str:
-    """Says what a file with this start is; returns '' if it is not text."""
+    """Describes a text file by its first bytes; '' if it is not text."""
     if not (start.isascii() and start.decode().translate({9: None, 10: None, 13: None}).isprintable()):
         return ''
     if start.startswith(b'version https://git-lfs'):
@@ -41,7 +41,7 @@ def text_file(start: bytes) -> str:
 
 
 def binary_file(start: bytes) -> str:
-    """Says what a file with this start is; returns '' if it is unknown."""
+    """Describes a binary file by its first bytes; '' if its type is unknown."""
     kinds = {
         b'\x1f\x8b': 'this is a gzip file. Decompress it first.',
         b'\x89HDF': 'this is an HDF5 file, perhaps of Keras, which is not supported.',

@@ -182,7 +182,7 @@ def to_state_dict(source: Source, arch: str) -> Tuple[Dict[str, Tensor], Dict[st
             hint = f'It looks like {name}: use --arch {name}.'
         else:
             hint = _matching_part(source) or diagnosis.weights(source.what, source.tensors, _renamed(source))
-        raise ValueError(f'{source.what}. The weights do not match {arch}: {e} {hint}'.rstrip()) from e
+        raise ValueError(f'The weights ({source.what}) do not match {arch}: {e} {hint}'.rstrip()) from e
 
 
 def name_origin(source: Source, arch: str, args: Mapping[str, Any]) -> Source:
@@ -328,8 +328,8 @@ def _read_repository(repo: str, revision: Optional[str], arch: str, ema: bool) -
             config = Path(hf_hub_download(repo, 'config.json', revision=revision))
     except (ValueError, OSError) as e:  # the errors of huggingface_hub are OSErrors
         raise ValueError(
-            'no such file, and no such model can be downloaded from the Hub: model.safetensors or pytorch_model.bin, '
-            f'and config.json ({e}).'
+            'this file does not exist, and there is no repository of this name on the Hub with config.json and '
+            f'model.safetensors or pytorch_model.bin ({e}).'
         ) from e
     pickled = path.suffix != '.safetensors'
     source = _read_checkpoint(path, arch, ema) if pickled else _describe(_load_safetensors(path), path)
@@ -421,6 +421,11 @@ def _read_checkpoint(path: Path, arch: str, ema: bool) -> Source:
         given = {'bn_momentum': args.get('bn_momentum'), 'bn_eps': args.get('bn_eps'), 'global_pool': args.get('gp')}
         model_args |= {k: v for k, v in given.items() if v is not None}
         cfg = resolve_data_config(args, cfg)
+    except OSError as e:
+        raise ValueError(
+            f'the checkpoint was trained from {args["model"]}, whose config.json cannot be read ({e}). Put it back, or '
+            'save the weights alone: torch.save(checkpoint["state_dict"], FILE).'
+        ) from e
     except Exception as e:  # the arguments come from a file and can have any type
         raise ValueError(f"the arguments in the checkpoint are not valid for timm's train.py ({e!r}).") from e
     measured = ''
