@@ -357,7 +357,7 @@ def test_ctrl_c_leaves_no_traceback(capsys, monkeypatch):
     def interrupt(name, device):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict, 'load_model', interrupt)
+    monkeypatch.setattr('timm_sknet.cli.load_model', interrupt)
     assert run(capsys, 'predict') == (130, '', '')
 
 
@@ -380,7 +380,7 @@ UNWRITABLE = {'full': 'No space left on device', 'full without buffer': 'No spac
 @pytest.mark.parametrize('kind', UNWRITABLE)
 @pytest.mark.parametrize('command', ['predict', 'predict --json', 'models', 'recipe'])
 def test_output_that_cannot_be_written_ends_in_one_line(capfd, stdout, monkeypatch, model, command, kind):
-    monkeypatch.setattr('timm_sknet.table.model_table', list)
+    monkeypatch.setattr('timm_sknet.cli.model_table', list)
     stdout(kind)
     assert main([*command.split(), *(['--model', model] if 'predict' in command else [])]) == 2
     assert re.fullmatch(

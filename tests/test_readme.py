@@ -132,7 +132,7 @@ def test_the_first_example_prints_what_the_readme_shows(capsys):
 
 
 def test_the_table_of_models_is_the_commands(capsys, monkeypatch, rows):
-    monkeypatch.setattr('timm_sknet.table.model_table', lambda: rows)  # it takes seconds
+    monkeypatch.setattr('timm_sknet.cli.model_table', lambda: rows)  # it takes seconds
     assert main(['models', '--markdown']) == 0
     out = capsys.readouterr().out
     docs = re.search(r'<!-- timm-sknet models --markdown -->\n(.*?)<!-- end -->', MODELS, re.DOTALL)[1]

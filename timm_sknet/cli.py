@@ -13,7 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Iterator, List, Optional, Sequence, TextIO
 
+from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError
+
 from timm_sknet import __version__
+from timm_sknet.attention.draw import draw
+from timm_sknet.checkpoints.convert import convert
+from timm_sknet.checkpoints.push import push
+from timm_sknet.images import BATCH_SIZE, find_images, pillow_for_photographs
+from timm_sknet.info import info
+from timm_sknet.predict import PHOTOS, classify, load_model
+from timm_sknet.table import format_table, model_table
 
 DEFAULT_MODEL = 'sknet12.cifar10'
 EXIT_CODES = (
@@ -263,7 +273,7 @@ def _add_speed_options(parser: argparse.ArgumentParser, workers: str) -> None:
     parser.add_argument(
         '--batch-size',
         type=partial(_integer, minimum=1),
-        default=32,
+        default=BATCH_SIZE,
         metavar='B',
         help='largest number of images in a forward pass (default: %(default)s)',
     )
@@ -277,8 +287,6 @@ def _integer(text: str, minimum: int = 0) -> int:
 
 
 def _print_error(message: str) -> None:
-    from huggingface_hub.utils import tqdm
-
     try:
         tqdm.write(f'timm-sknet: {message}', file=sys.stderr)  # does not break a progress bar
     except OSError:
@@ -300,18 +308,11 @@ def _fail(error: BaseException) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from timm_sknet.images import pillow_for_photographs
-
     with pillow_for_photographs():
         return _print_predictions(args)
 
 
 def _print_predictions(args: argparse.Namespace) -> int:
-    from huggingface_hub.utils import tqdm
-
-    from timm_sknet.images import find_images
-    from timm_sknet.predict import PHOTOS, classify, load_model
-
     failed: List[ValueError] = []
 
     def on_error(error: ValueError) -> None:
@@ -357,9 +358,6 @@ def _print_predictions(args: argparse.Namespace) -> int:
 
 
 def _attention(args: argparse.Namespace) -> int:
-    from timm_sknet.attention.draw import draw
-    from timm_sknet.images import pillow_for_photographs
-
     failed: List[ValueError] = []
 
     def on_error(error: ValueError) -> None:
@@ -389,8 +387,6 @@ def _attention(args: argparse.Namespace) -> int:
 
 
 def _models(args: argparse.Namespace) -> int:
-    from timm_sknet.table import format_table, model_table
-
     print(format_table(model_table(), markdown=args.markdown))
     return 0
 
@@ -410,10 +406,6 @@ def _recipe(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from safetensors import SafetensorError
-
-    from timm_sknet.checkpoints.convert import convert
-
     try:
         convert(
             args.source,
@@ -434,8 +426,6 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from timm_sknet.checkpoints.push import push
-
     try:
         name = push(args.folder, args.repo, private=args.private, revision=args.revision)
     except (ValueError, OSError) as e:
@@ -445,8 +435,6 @@ def _push(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from timm_sknet.info import info
-
     for name, value in info().items():
         print(f'{name:17}{value}')
     return 0
