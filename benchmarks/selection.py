@@ -15,11 +15,11 @@ import torch
 from measure import inference, macs, markdown
 
 NETWORKS = {
-    'selection': '`sknet12`: 3x3 and dilated 3x3, with selection',
+    'selection': '`sknet12`: 3x3 and dilated 3x3, with attention',
     'sum': 'the same branches, their sum',
     'one': 'one branch, 3x3',
     'wide': 'one branch, 3x3, wider SK convolutions',
-    'same': '3x3 and 3x3, with selection',
+    'same': '3x3 and 3x3, with attention',
 }
 HEADER = 'network', 'parameters', 'MMACs', 'runs', 'top-1', 'standard deviation', 'difference', 'standard error'
 
