@@ -1,7 +1,7 @@
 """Folds batch norms into the convolutions before them, for inference."""
 
 import copy
-from typing import Any, Mapping, Tuple
+from typing import Any, Mapping, Tuple, Type
 
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
@@ -49,6 +49,11 @@ def fold(conv: nn.Module, norm: nn.Module) -> Tuple[nn.Module, nn.Module]:
         trainable = conv.weight.requires_grad
         setattr(folded, name, nn.Parameter(value.detach().to(conv.weight), requires_grad=trainable))
     return folded, Folded(act).train(conv.training)
+
+
+def is_exactly(m: nn.Module, cls: Type[nn.Module]) -> bool:
+    """Returns whether the module has the `forward` of this class: not of a subclass, and not one of its own."""
+    return type(m) is cls and 'forward' not in vars(m)
 
 
 def is_customized(m: nn.Module) -> bool:

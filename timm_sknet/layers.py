@@ -10,7 +10,7 @@ from timm.layers import get_norm_act_layer
 from timm.layers.typing import LayerType
 from torch import Tensor, nn
 
-from timm_sknet.folding import Folded, fold, is_customized
+from timm_sknet.folding import Folded, fold, is_customized, is_exactly
 from timm_sknet.ops import fuse, recompute_in_backward, select
 
 Branch = Tuple[int, int, int]  # kernel size k, dilation D, groups G; G = 0 is depthwise
@@ -37,7 +37,7 @@ class ConvNormAct(timm.layers.ConvNormAct):
     """timm's ConvNormAct with the method that `timm.utils.reparameterize_model` calls to fold batch norms."""
 
     def reparameterize(self) -> None:
-        if type(self) is ConvNormAct:
+        if is_exactly(self, ConvNormAct):
             self.conv, self.bn = fold(self.conv, self.bn)
 
 
@@ -81,7 +81,7 @@ class SelectiveKernelAttn(nn.Module):
         The softmax over two logits depends only on their difference d: a_1 = sigmoid(d) and a_2 = sigmoid(-d). So the
         two halves of A are replaced by their difference.
         """
-        if type(self) is not SelectiveKernelAttn or 'forward' in vars(self):
+        if not is_exactly(self, SelectiveKernelAttn):
             return
         self.fc1, self.bn = fold(self.fc1, self.bn)
         fc2 = self.fc2
@@ -173,7 +173,7 @@ class SelectiveKernelConv(nn.Module):
             if in_channels % G or out_channels % G:
                 raise ValueError(
                     f'Input and output channels of branch {[k, D, G]} must be divisible by its {G} groups, got '
-                    f'{in_channels} and {out_channels}.'
+                    f'{in_channels} and {out_channels}. Choose other groups.'
                 )
         if attn_channels is None:
             if r <= 0:

@@ -30,7 +30,7 @@ from timm.models._features import feature_take_indices  # timm has no public nam
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
-from timm_sknet.folding import fold
+from timm_sknet.folding import fold, is_exactly
 from timm_sknet.keys import prepare_state_dict
 from timm_sknet.layers import (
     PAPER_BRANCHES,
@@ -147,7 +147,7 @@ class Stem(ConvNormAct):
         return self.more(self.bn(self.conv(x)))
 
     def reparameterize(self) -> None:
-        if type(self) is Stem:
+        if is_exactly(self, Stem):
             self.conv, self.bn = fold(self.conv, self.bn)
 
 

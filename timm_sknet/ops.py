@@ -98,8 +98,9 @@ def recompute_in_backward(U: List[Tensor], V: Tensor) -> Tensor:
     Returns:
         V itself.
     """
+    # The compiler decides what to keep. In nested transforms of torch.func, the hooks below would lose derivatives.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return V  # the compiler decides what to keep; torch.func nests graphs that the hooks below do not see
+        return V
     # PyTorch's notes on autograd document the attributes `_saved_` and `_raw_saved_`.
     for u, (node, index, saved) in zip(U, _uses(V, len(U))):
         relu: Any = u.grad_fn

@@ -124,7 +124,7 @@ def scale_experiment(
                 if images is not None:
                     model(torch.from_numpy(images).flatten(0, 1).to(device, memory_format=layout))
                     for u, unit in enumerate(units.values()):
-                        a = unit.last.double().unflatten(0, (len(rows), len(scales))).cpu()
+                        a = unit.last.cpu().double().unflatten(0, (len(rows), len(scales)))
                         values[rows, 0, :, u] = unit.difference_of(a).mean(-1).float()
                         values[rows, 1, :, u] = unit.extent_of(a).mean(-1).float()
                         sums[unit.name] = sums.get(unit.name, 0) + torch.stack((a, a.square())).sum(1)

@@ -328,8 +328,8 @@ def _read_repository(repo: str, revision: Optional[str], arch: str, ema: bool) -
             config = Path(hf_hub_download(repo, 'config.json', revision=revision))
     except (ValueError, OSError) as e:  # the errors of huggingface_hub are OSErrors
         raise ValueError(
-            'this file does not exist, and there is no repository of this name on the Hub with config.json and '
-            f'model.safetensors or pytorch_model.bin ({e}).'
+            f'this file does not exist, and no repository of this name on the Hub can be read ({e}). It needs '
+            'config.json and model.safetensors or pytorch_model.bin.'
         ) from e
     pickled = path.suffix != '.safetensors'
     source = _read_checkpoint(path, arch, ema) if pickled else _describe(_load_safetensors(path), path)
@@ -423,7 +423,7 @@ def _read_checkpoint(path: Path, arch: str, ema: bool) -> Source:
         cfg = resolve_data_config(args, cfg)
     except OSError as e:
         raise ValueError(
-            f'the checkpoint was trained from {args["model"]}, whose config.json cannot be read ({e}). Put it back, or '
+            f'the checkpoint was trained from {args["model"]}, whose config.json cannot be read ({e}). Restore it, or '
             'save the weights alone: torch.save(checkpoint["state_dict"], FILE).'
         ) from e
     except Exception as e:  # the arguments come from a file and can have any type
