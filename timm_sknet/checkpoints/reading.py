@@ -328,8 +328,8 @@ def _read_repository(repo: str, revision: Optional[str], arch: str, ema: bool) -
             config = Path(hf_hub_download(repo, 'config.json', revision=revision))
     except (ValueError, OSError) as e:  # the errors of huggingface_hub are OSErrors
         raise ValueError(
-            f'this file does not exist, and no repository of this name on the Hub can be read ({e}). It needs '
-            'config.json and model.safetensors or pytorch_model.bin.'
+            f'this file does not exist, and no repository of this name on the Hub can be read ({e}). A '
+            'repository needs config.json and model.safetensors or pytorch_model.bin.'
         ) from e
     pickled = path.suffix != '.safetensors'
     source = _read_checkpoint(path, arch, ema) if pickled else _describe(_load_safetensors(path), path)
