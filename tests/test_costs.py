@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from versions import since
 
 from timm_sknet import SelectiveKernelConv
+from timm_sknet.ops import fuse
 
 
 class Operators(TorchDispatchMode):
@@ -82,6 +83,17 @@ def test_a_backward_pass_runs_each_convolution_once_and_stacks_nothing(memory_ef
     assert again == (M if memory_efficient else 0)  # each U_i once, for two uses
     # gradients of each branch (select, ReLU, norm, convolution), of the mean, and of the weights of select
     assert sum(operators.maps.values()) - again <= 8 * M - 2
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_backward_pass_of_fuse_allocates_no_map(dtype):
+    U = [images().to(dtype).requires_grad_() for _ in range(2)]
+    s = fuse(U).sum()
+    with Operators(U[0]) as operators:
+        gradients = torch.autograd.grad(s, U)
+    assert not any(operators.maps.values()) and operators.largest < U[0].nbytes
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, torch.full_like(gradient, 1 / 64), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])

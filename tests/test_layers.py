@@ -158,6 +158,24 @@ def test_pooled_statistics_neither_overflow_nor_lose_precision(dtype):
     torch.testing.assert_close(fuse(small).double().item(), 0.3, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_fuse_has_the_derivatives_of_float32_in_half_precision(dtype):
+    def curved(u):
+        return fuse([u, u * u]).square().sum()
+
+    u, v = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    transforms = {
+        'gradient': torch.func.grad(curved),
+        'forward': lambda u: torch.func.jvp(curved, (u,), (v.to(u),))[1],
+        'forward over reverse': lambda u: torch.func.jvp(torch.func.grad(curved), (u,), (v.to(u),))[1],
+        'reverse over reverse': lambda u: torch.autograd.functional.hvp(curved, u, v.to(u))[1],
+        'of each image': lambda u: torch.func.vmap(torch.func.grad(curved))(u.unsqueeze(1)),
+    }
+    for name, transform in transforms.items():
+        expected = transform(u.double())
+        assert (transform(u).double() - expected).norm() < 0.02 * expected.norm(), name
+
+
 @pytest.mark.parametrize('M', [2, 3, 4])
 def test_select_is_a_weighted_sum_that_keeps_layout_and_dtype(M):
     generator = torch.Generator().manual_seed(0)

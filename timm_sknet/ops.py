@@ -42,8 +42,8 @@ def fuse(U: List[Tensor]) -> Tensor:
 def _mean(u: Tensor) -> Tensor:
     """Computes the mean over space, (B, C, 1, 1), in float32 or wider.
 
-    Eager code divides a sum, because the backward of `mean` allocates a whole map. Exported graphs use `mean`, which is
-    one operator.
+    Eager code divides a sum, because the backward of `mean` allocates a whole map, and so does that of a sum with a
+    wider dtype. Exported graphs use `mean`, which is one operator.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
     if not torch.jit.is_scripting():
@@ -51,7 +51,32 @@ def _mean(u: Tensor) -> Tensor:
             if u.dtype == dtype:  # LiteRT does not support the argument dtype
                 return u.mean((2, 3), keepdim=True)
             return u.mean((2, 3), keepdim=True, dtype=dtype)
+        if u.dtype != dtype and u.requires_grad and not torch.compiler.is_compiling():
+            return _WiderMean.apply(u, dtype)
     return u.sum((2, 3), keepdim=True, dtype=dtype) / (u.shape[2] * u.shape[3])
+
+
+class _WiderMean(torch.autograd.Function):
+    """The mean over space in a wider dtype. Its backward converts one value for each channel, not a whole map."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u: Tensor, dtype: torch.dtype) -> Tensor:
+        return u.sum((2, 3), keepdim=True, dtype=dtype) / (u.shape[2] * u.shape[3])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Tuple[Tensor, torch.dtype], output: Tensor) -> None:
+        u, ctx.wider = inputs
+        ctx.shape, ctx.dtype = u.shape, u.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None]:
+        return (grad / (ctx.shape[2] * ctx.shape[3])).to(ctx.dtype).expand(ctx.shape), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _WiderMean.forward(tangent, ctx.wider)
 
 
 def select(U: List[Tensor], a: Tensor) -> Tensor:
