@@ -1,6 +1,7 @@
 """`timm.utils.reparameterize_model`, which the scripts call for --reparam, folds every batch norm exactly."""
 
 import types
+from collections import Counter
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from timm.utils import reparameterize_model
 from torch import nn
 
+import timm_sknet.folding
 from timm_sknet import SelectiveKernelConv
 from timm_sknet.cli import main
 from timm_sknet.folding import Folded
@@ -126,6 +128,73 @@ def test_a_changed_layer_gives_the_same_values_after_folding(change):
     folded = reparameterize_model(layer)
     torch.testing.assert_close(folded(x), layer(x), rtol=1e-5, atol=1e-5)
     assert isinstance(folded.branches[1].bn, Folded) or 'Sync' in change
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Runs folded layers as on CUDA, with the kernels of cuDNN computed by torch on the CPU; counts their calls."""
+    calls = Counter()
+
+    def conv_add_relu(x, weight, shortcut, alpha, bias, *options):
+        calls['add_relu'] += 1
+        return (torch.conv2d(x, weight, bias, *options) + alpha * shortcut).relu()
+
+    def conv_relu(x, weight, bias, *options):
+        calls['relu'] += 1
+        return torch.conv2d(x, weight, bias, *options).relu()
+
+    monkeypatch.setattr(torch, 'cudnn_convolution_add_relu', conv_add_relu)
+    monkeypatch.setattr(torch, 'cudnn_convolution_relu', conv_relu)
+    monkeypatch.setattr(timm_sknet.folding, 'runs_in_cudnn', lambda x: not torch.is_grad_enabled())
+    return calls
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@torch.no_grad()
+def test_a_folded_model_gives_the_same_logits_in_cudnn(variant, cudnn):
+    test_a_folded_model_gives_the_same_logits(variant)
+    assert bool(cudnn) == ('activation' not in variant)
+
+
+def test_folded_layers_with_a_relu_are_one_kernel_each(cudnn):
+    model = reparameterize_model(timm.create_model('sknet12').eval())
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    assert not cudnn  # autograd needs other kernels
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    units = sum(len(stage) for stage in model.stages)
+    # the stem and both branches of each unit; the last convolution of a unit is added to the shortcut
+    assert cudnn == {'relu': 1 + 2 * units, 'add_relu': units}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_a_changed_layer_gives_the_same_values_after_folding_in_cudnn(change, cudnn):
+    test_a_changed_layer_gives_the_same_values_after_folding(change)
+
+
+UNIT_CHANGES = {
+    'hook on the last layer': lambda unit: unit.conv2.register_forward_hook(lambda module, args, out: 2 * out),
+    'hook on its convolution': lambda unit: unit.conv2.conv.register_forward_hook(lambda module, args, out: 2 * out),
+    'hook on the activation': lambda unit: unit.act.register_forward_hook(lambda module, args, out: 2 * out),
+    'hook on drop path': lambda unit: unit.drop_path.register_forward_hook(lambda module, args, out: 2 * out),
+    'another last layer': lambda unit: setattr(unit, 'conv2', nn.Conv2d(16, 16, 1)),
+    'another activation': lambda unit: setattr(unit, 'act', nn.GELU()),
+    'reflecting padding': lambda unit: setattr(unit.conv2.conv, 'padding_mode', 'reflect'),
+    'padding by name': lambda unit: setattr(unit.conv2.conv, 'padding', 'same'),
+}
+
+
+@pytest.mark.parametrize('change', UNIT_CHANGES)
+@torch.no_grad()
+def test_a_unit_changed_after_folding_gives_the_same_values_in_cudnn(change, cudnn, monkeypatch):
+    model = reparameterize_model(timm.create_model('sknet12').eval())
+    unit, x = model.stages[0][0], torch.randn(2, 16, 8, 8)
+    UNIT_CHANGES[change](unit)
+    found = unit(x)
+    assert not cudnn['add_relu'] and cudnn['relu']
+    monkeypatch.setattr(timm_sknet.folding, 'runs_in_cudnn', lambda x: False)
+    torch.testing.assert_close(found, unit(x))
 
 
 def test_folding_keeps_mode_and_freezing():

@@ -1,8 +1,9 @@
 """Folds batch norms into the convolutions before them, for inference."""
 
 import copy
-from typing import Any, Mapping, Tuple, Type
+from typing import Any, Mapping, Optional, Tuple, Type
 
+import torch
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -49,6 +50,44 @@ def fold(conv: nn.Module, norm: nn.Module) -> Tuple[nn.Module, nn.Module]:
         trainable = conv.weight.requires_grad
         setattr(folded, name, nn.Parameter(value.detach().to(conv.weight), requires_grad=trainable))
     return folded, Folded(act).train(conv.training)
+
+
+def is_one_kernel(x: Tensor, layer: nn.Module, act: Optional[nn.Module] = None) -> bool:
+    """Returns whether `conv_relu` can replace a folded layer and the activation after it.
+
+    Args:
+        x: The input of the layer.
+        layer: The layer, with attributes `conv` and `bn`.
+        act: The activation; that of the layer if None.
+    """
+    conv, norm = layer.conv, layer.bn
+    if type(conv) is not nn.Conv2d or type(norm) is not Folded or norm.training:
+        return False
+    act = norm.act if act is None else act
+    if type(act) is not nn.ReLU or any(is_customized(m) for m in (conv, norm, act)):
+        return False
+    if conv.padding_mode != 'zeros' or isinstance(conv.padding, str):
+        return False
+    depthwise = conv.groups == conv.in_channels > 1  # torch has its own kernels for them
+    return not depthwise and runs_in_cudnn(x)
+
+
+def runs_in_cudnn(x: Tensor) -> bool:
+    """Returns whether convolutions of x run in cuDNN, without autograd and without a compiler."""
+    if type(x) is not Tensor or not x.is_cuda or not torch.version.cuda or not torch.backends.cudnn.enabled:
+        return False
+    return not (torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling())
+
+
+def conv_relu(x: Tensor, conv: nn.Conv2d, shortcut: Optional[Tensor] = None) -> Tensor:
+    """Computes ReLU(conv(x) + shortcut) in one kernel of cuDNN, without maps in between."""
+    dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else x.dtype
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    x, weight = x.to(dtype), conv.weight.to(dtype)
+    options: Any = conv.stride, conv.padding, conv.dilation, conv.groups
+    if shortcut is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *options)
+    return torch.cudnn_convolution_add_relu(x, weight, shortcut.to(dtype), 1.0, bias, *options)
 
 
 def is_exactly(m: nn.Module, cls: Type[nn.Module]) -> bool:

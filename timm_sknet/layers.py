@@ -10,7 +10,7 @@ from timm.layers import get_norm_act_layer
 from timm.layers.typing import LayerType
 from torch import Tensor, nn
 
-from timm_sknet.folding import Folded, fold, is_customized, is_exactly
+from timm_sknet.folding import Folded, conv_relu, fold, is_customized, is_exactly, is_one_kernel
 from timm_sknet.ops import fuse, recompute_in_backward, select
 
 Branch = Tuple[int, int, int]  # kernel size k, dilation D, groups G; G = 0 is depthwise
@@ -34,7 +34,19 @@ def _check_batch(s: Tensor) -> None:
 
 
 class ConvNormAct(timm.layers.ConvNormAct):
-    """timm's ConvNormAct with the method that `timm.utils.reparameterize_model` calls to fold batch norms."""
+    """timm's ConvNormAct with the method that `timm.utils.reparameterize_model` calls to fold batch norms.
+
+    On CUDA, a folded convolution, its bias and a ReLU run as one kernel.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_norm_act(x)
+
+    def conv_norm_act(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if is_one_kernel(x, self):
+                return conv_relu(x, self.conv)
+        return self.bn(self.conv(x))
 
     def reparameterize(self) -> None:
         if is_exactly(self, ConvNormAct):

@@ -30,7 +30,7 @@ from timm.models._features import feature_take_indices  # timm has no public nam
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
-from timm_sknet.folding import fold, is_exactly
+from timm_sknet.folding import conv_relu, fold, is_customized, is_exactly, is_one_kernel
 from timm_sknet.keys import prepare_state_dict
 from timm_sknet.layers import (
     PAPER_BRANCHES,
@@ -144,7 +144,7 @@ class Stem(ConvNormAct):
         self.more = nn.Sequential(*(ConvNormAct(before, after, 3, **layers) for before, after in pairs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.more(self.bn(self.conv(x)))
+        return self.more(self.conv_norm_act(x))
 
     def reparameterize(self) -> None:
         if is_exactly(self, Stem):
@@ -192,6 +192,8 @@ class ShortcutPool(nn.Module):
 class ResidualUnit(nn.Module):
     """Base class of residual units: adds `residual(x)` to the shortcut, which is the identity or a projection."""
 
+    last: str  # name of the last layer of `residual`
+
     def __init__(self, spec: UnitSpec):
         super().__init__()
         self.shortcut: nn.Module = nn.Identity()
@@ -203,10 +205,18 @@ class ResidualUnit(nn.Module):
         self.drop_path = DropPath(spec.drop_path) if spec.drop_path else nn.Identity()
         self.act = spec.act()
 
+    def before_last(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def residual(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            last = getattr(self, self.last)
+            unchanged = type(last) is ConvNormAct and not is_customized(last) and not is_customized(self.drop_path)
+            if unchanged and is_one_kernel(x, last, self.act):
+                return conv_relu(self.before_last(x), last.conv, self.shortcut(x))
         y = self.drop_path(self.residual(x))
         if torch.is_grad_enabled() or torch.jit.is_tracing():  # a trace must be the same with and without gradients
             y = y + self.shortcut(x)  # with full backward hooks on its layers, y must not be changed in place
@@ -222,14 +232,19 @@ class ResidualUnit(nn.Module):
 class Bottleneck(ResidualUnit):
     """1x1 reduce -> SK convolution -> 1x1 increase, plus the shortcut (table 1)."""
 
+    last = 'conv3'
+
     def __init__(self, spec: UnitSpec):
         super().__init__(spec)
         self.conv1 = spec.conv(spec.in_chs, spec.mid_chs, 1)
         self.sk = spec.sk(spec.mid_chs, spec.mid_chs, stride=spec.stride)
         self.conv3 = spec.conv(spec.mid_chs, spec.out_chs, 1, apply_act=False)
 
+    def before_last(self, x: Tensor) -> Tensor:
+        return self.sk(self.conv1(x))
+
     def residual(self, x: Tensor) -> Tensor:
-        return self.conv3(self.sk(self.conv1(x)))
+        return self.conv3(self.before_last(x))
 
     def zero_init_last(self) -> None:
         nn.init.zeros_(self.conv3.bn.weight)
@@ -238,13 +253,18 @@ class Bottleneck(ResidualUnit):
 class BasicBlock(ResidualUnit):
     """SK convolution -> 3x3, plus the shortcut: the basic block of ResNets with an SK convolution as first layer."""
 
+    last = 'conv2'
+
     def __init__(self, spec: UnitSpec):
         super().__init__(spec)
         self.sk = spec.sk(spec.in_chs, spec.mid_chs, stride=spec.stride)
         self.conv2 = spec.conv(spec.mid_chs, spec.out_chs, 3, dilation=spec.dilation, apply_act=False)
 
+    def before_last(self, x: Tensor) -> Tensor:
+        return self.sk(x)
+
     def residual(self, x: Tensor) -> Tensor:
-        return self.conv2(self.sk(x))
+        return self.conv2(self.before_last(x))
 
     def zero_init_last(self) -> None:
         nn.init.zeros_(self.conv2.bn.weight)
