@@ -124,6 +124,7 @@ def interleaved(runs: Dict[str, Callable[[], Any]], rounds: int, warmup: int = 2
         warmup: Number of rounds before the timed ones.
         repeats: Number of consecutive runs that are timed together.
     """
+    torch.backends.cudnn.benchmark = True  # as timm's scripts do
     times: Times = {name: [] for name in runs}
     order = list(runs)
     for number in tqdm(range(rounds + warmup), unit='round', leave=False):

@@ -1,6 +1,7 @@
 """Writes RESULTS.md and its figures from the results of the benchmarks.
 
 python benchmarks/report.py benchmarks/results.json benchmarks/RESULTS.md
+python benchmarks/report.py benchmarks/results_gpu.json benchmarks/RESULTS_GPU.md
 """
 
 import argparse
@@ -17,6 +18,7 @@ import convolutions
 import matplotlib.pyplot as plt
 import memory
 import numpy as np
+import parts
 import scaling
 import speed
 from contenders import MEMORY_EFFICIENT
@@ -60,6 +62,12 @@ TARGETS = [
     ),
     Target('bf16 autocast', 'bf16', 'channels_last', 8, 'timm_sknet', SK, 1.0),
     *(Target('ONNX Runtime, folded', 'onnx', 'NCHW', batch, FOLDED, f'{SK} folded', 1.0) for batch in (8, 1)),
+    Target('inference', 'eval', 'channels_last', 256, 'timm_sknet', SK, 1.2),
+    Target('inference, folded', 'eval', 'channels_last', 256, FOLDED, SK, 1.6),
+    Target('inference, folded', 'eval', 'channels_last', 256, FOLDED, 'timm ResNeXt folded', 0.9),
+    Target('compiled', 'compiled', 'channels_last', 256, 'timm_sknet', SK, 1.1),
+    Target('compiled, folded', 'compiled', 'channels_last', 256, FOLDED, f'{SK} folded', 1.1),
+    Target('training step', 'train', 'channels_last', 256, 'timm_sknet', SK, 1.3),
 ]
 # The summary: name, case, layout, network, and the suffix of the networks that it is compared with.
 SUMMARY = [
@@ -71,6 +79,7 @@ SUMMARY = [
     ('inference, contiguous, all folded', 'eval', 'NCHW', FOLDED, ' folded'),
     ('inference, channels_last, bfloat16 autocast', 'bf16', 'channels_last', 'timm_sknet', ''),
     ('inference, channels_last, compiled', 'compiled', 'channels_last', 'timm_sknet', ''),
+    ('inference, channels_last, compiled, all folded', 'compiled', 'channels_last', FOLDED, ' folded'),
     ('ONNX Runtime, all folded', 'onnx', 'NCHW', FOLDED, ' folded'),
     ('training step, channels_last', 'train', 'channels_last', 'timm_sknet', ''),
     ('training step, channels_last, `memory_efficient`', 'train', 'channels_last', MEMORY_EFFICIENT, ''),
@@ -86,22 +95,39 @@ TITLES = {
     'bf16': 'Inference under bfloat16 autocast',
     'onnx': 'ONNX Runtime, after --reparam',
     'openvino': 'OpenVINO, the same file',
+    'parts eval': 'Parts of an SK unit: inference',
+    'parts train': 'Parts of an SK unit: training step',
     'memory': 'Memory of a training step',
     'scaling': 'Cost against image size, batch and number of branches',
     'convolutions': 'The floor: convolutions by themselves',
 }
-COMMANDS = {'memory': 'memory.py', 'scaling': 'scaling.py', 'convolutions': 'convolutions.py'}
-TABLES = {'memory': memory.table, 'scaling': scaling.table, 'convolutions': convolutions.table}
+COMMANDS = {
+    'parts eval': 'parts.py --case eval',
+    'parts train': 'parts.py --case train',
+    'memory': 'memory.py',
+    'scaling': 'scaling.py',
+    'convolutions': 'convolutions.py',
+}
+TABLES = {
+    'parts eval': parts.table,
+    'parts train': parts.table,
+    'memory': memory.table,
+    'scaling': scaling.table,
+    'convolutions': convolutions.table,
+}
 
 
 def groups(rows: List[Row]) -> List[List[Row]]:
     """Groups the rows by settings, in the order of `TITLES`. All rows of scaling are one group."""
     found: Dict[str, List[Row]] = {}
-    rows = [row for row in rows if row['settings']['case'] in TITLES]  # parts.py writes other rows
     for row in sorted(rows, key=lambda row: row['settings'].get('model') != 'sknet50'):
         key = 'scaling' if row['settings']['case'] == 'scaling' else json.dumps(row['settings'], sort_keys=True)
         found.setdefault(key, []).append(row)
     return sorted(found.values(), key=lambda group: list(TITLES).index(group[0]['settings']['case']))
+
+
+def on_gpu(rows: List[Row]) -> bool:
+    return any(row['machine']['gpu'] for row in rows)
 
 
 def find(rows: List[Row], contender: str, **settings: Any) -> Row:
@@ -117,7 +143,8 @@ def ratio(rows: List[Row], target: Target) -> Optional[float]:
 
 def saved_ratio(rows: List[Row], contender: str, other: str) -> Optional[float]:
     """Returns the memory that a training step keeps for backward, relative to another network."""
-    at = {'case': 'memory', 'model': 'sknet50', 'layout': 'channels_last', 'batch': 8, 'size': 224}
+    batch = 64 if on_gpu(rows) else 8
+    at = {'case': 'memory', 'model': 'sknet50', 'layout': 'channels_last', 'batch': batch, 'size': 224}
     mine, theirs = (find(rows, name, **at).get('saved') for name in (contender, other))
     return mine / theirs if mine and theirs else None
 
@@ -130,7 +157,9 @@ def targets(rows: List[Row]) -> str:
     lines = [['`sknet50`, 224x224', 'layout', 'batch', 'speed over', 'target', 'measured', 'reached', FREE]]
     for target in TARGETS:
         value = ratio(rows, target)
-        reached = '' if value is None else 'yes' if value >= target.least else 'no'
+        if value is None:
+            continue
+        reached = 'yes' if value >= target.least else 'no'
         least = f'>= {target.least:.2f}'
         limit = ratio(rows, target._replace(mine=target.mine.replace('timm_sknet', FREE)))
         place = [target.what, target.layout, str(target.batch), target.theirs, least]
@@ -140,7 +169,7 @@ def targets(rows: List[Row]) -> str:
     memory_of = [
         'saved activations, memory_efficient',
         'channels_last',
-        '8',
+        '64' if on_gpu(rows) else '8',
         'timm ResNeXt (bytes)',
         f'<= {MOST_SAVED:.2f}',
     ]
@@ -149,11 +178,13 @@ def targets(rows: List[Row]) -> str:
 
 def summary(rows: List[Row]) -> str:
     """Returns the summary, which the documentation also shows."""
-    lines = [['speed of `sknet50`, 224x224, batch 8', "over timm's SK", 'over ResNeXt-50 32x4d']]
+    batch = 256 if on_gpu(rows) else 8
+    lines = [[f'speed of `sknet50`, 224x224, batch {batch}', "over timm's SK", 'over ResNeXt-50 32x4d']]
     for what, case, layout, mine, theirs in SUMMARY:
-        at = Target('', case, layout, 8, mine, '', 0)
+        at = Target('', case, layout, batch, mine, '', 0)
         ratios = [ratio(rows, at._replace(theirs=other + theirs)) for other in (SK, 'timm ResNeXt')]
-        lines.append([what, *map(number, ratios)])
+        if any(ratios):
+            lines.append([what, *map(number, ratios)])
     memory_of = []
     for contender in 'timm_sknet', MEMORY_EFFICIENT:
         over = [number(saved_ratio(rows, contender, other)) or '(not measured)' for other in (SK, 'timm ResNeXt')]
@@ -168,7 +199,7 @@ def command(row: Row) -> str:
     settings, run = row['settings'], row.get('run', {})
     program = COMMANDS.get(settings['case'], 'speed.py')
     options = {k: v for k, v in settings.items() if k != 'curve' and (k != 'case' or program == 'speed.py')}
-    words = [program]
+    words = program.split()
     for key, value in {**options, **run}.items():
         words += [f'--{key}', *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
@@ -243,13 +274,17 @@ def draw_scaling(rows: List[Row], file: Path) -> None:
 
 def report(rows: List[Row], name: str) -> str:
     machines = Counter(json.dumps(row['machine'], sort_keys=True) for row in rows)
-    parts = [
-        '# Results',
-        'This page is generated by `benchmarks/report.py` from `results.json`. To measure again, run '
-        '`benchmarks/run.sh`. In each round, every network runs once in the same process. Times are medians over the '
-        'rounds. Ratios are computed within a round, and their median is shown: a ratio of 1.10 over another network '
-        'means 1.10 times its speed.',
-        '- NCHW is the contiguous layout.\n'
+    gpu = on_gpu(rows)
+    source, program = ('results_gpu.json', 'gpu.sh measure OUT') if gpu else ('results.json', 'run.sh')
+    found = [
+        '# Results on a GPU' if gpu else '# Results',
+        f'This page is generated by `benchmarks/report.py` from `{source}`. To measure again, run '
+        f'`benchmarks/{program}`. In each round, every network runs once in the same process. Times are medians over '
+        'the rounds. Ratios are computed within a round, and their median is shown: a ratio of 1.10 over another '
+        'network means 1.10 times its speed.',
+        '- The networks run under bfloat16 autocast; the convolutions of the last table in float32 (TF32).\n'
+        * gpu
+        + '- NCHW is the contiguous layout.\n'
         '- timm_sknet, timm SK and pytorchcv are implementations of the same network. They have the same weights, and '
         'their outputs are compared before they are timed.\n'
         '- "memory-efficient" is timm_sknet with `memory_efficient=True`.\n'
@@ -263,7 +298,7 @@ def report(rows: List[Row], name: str) -> str:
         'these branches. Each additional branch adds a grouped convolution, and a map that must be normalised, '
         'activated and added. This is little arithmetic. But on the largest maps, grouped convolutions run at a '
         'fraction of the speed of 1x1 convolutions (last table). Time therefore grows faster with M than the '
-        'multiply-accumulates do, even without attention (see the exponents).',
+        'multiply-accumulates do, even without attention.',
         'Folding could replace these convolutions exactly by fewer and larger ones. It does not, because this is only '
         'faster where the ratio in the last table is above 1 at every size and batch. The compiler generates the same '
         'loops for every way to write the selection. Tests check that a compiled model is one graph for all batch '
@@ -271,17 +306,17 @@ def report(rows: List[Row], name: str) -> str:
         'needs: `tests/test_costs.py` and `tests/test_memory_efficient.py`.',
     ]
     if bars(rows):
-        parts.append(f'![Speed over ResNeXt-50]({name}_speed.png)')
+        found.append(f'![Speed over ResNeXt-50]({name}_speed.png)')
     title = ''
     for group in groups(rows):
         case = group[0]['settings']['case']
         if TITLES[case] != title:
             title = TITLES[case]
-            parts.append(f'## {title}')
-        parts += [f'`{command(group[0])}`', TABLES.get(case, speed.table)(group)]
+            found.append(f'## {title}')
+        found += [f'`{command(group[0])}`', TABLES.get(case, speed.table)(group), *group[0].get('notes', [])]
         if case == 'scaling':
-            parts += [scaling.exponents(group), f'![Cost against size, batch and branches]({name}_scaling.png)']
-    return '\n\n'.join(parts) + '\n'
+            found += [scaling.exponents(group), f'![Cost against size, batch and branches]({name}_scaling.png)']
+    return '\n\n'.join(found) + '\n'
 
 
 def main() -> None:

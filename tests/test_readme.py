@@ -214,10 +214,11 @@ def test_every_integration_has_the_test_that_its_row_names():
 
 
 def test_the_figures_of_speed_are_those_of_the_benchmarks():
-    results = (ROOT / 'benchmarks' / 'RESULTS.md').read_text()
-    summary = results.split('## In short')[1].split('##')[0].strip()
-    assert f'<!-- benchmarks/RESULTS.md, In short -->\n{summary}\n<!-- end -->' in SPEED
-    rows = re.search(r'<!-- benchmarks/RESULTS.md, three rows .*? -->\n(.*?)<!-- end -->', README, re.DOTALL)[1]
+    for page in 'RESULTS.md', 'RESULTS_GPU.md':
+        results = (ROOT / 'benchmarks' / page).read_text()
+        summary = results.split('## In short')[1].split('##')[0].strip()
+        assert f'<!-- benchmarks/{page}, In short -->\n{summary}\n<!-- end -->' in SPEED
+    rows = re.search(r'<!-- benchmarks/RESULTS_GPU.md, three rows .*? -->\n(.*?)<!-- end -->', README, re.DOTALL)[1]
     assert len(rows.splitlines()) == 2 + 3 and set(rows.splitlines()) <= set(summary.splitlines())
 
 

@@ -67,12 +67,12 @@ def load_model(name: str, device: Optional[str] = None) -> nn.Module:
 
 
 def fast_layout(model: nn.Module) -> torch.memory_format:
-    """Converts a model on a CPU to channels_last, which is faster for batches there.
+    """Converts a model on a CPU or an NVIDIA GPU to channels_last, which is faster for batches there.
 
     Returns:
         The memory format for the images.
     """
-    if next(model.parameters()).device.type != 'cpu':
+    if next(model.parameters()).device.type not in ('cpu', 'cuda'):
         return torch.preserve_format
     model.to(memory_format=torch.channels_last)
     return torch.channels_last
@@ -98,7 +98,7 @@ def classify(
     """Classifies files in batches, preprocessed as the model's cfg says.
 
     Args:
-        model: A classifier in eval mode. On a CPU, its weights are converted to channels_last.
+        model: A classifier in eval mode. On a CPU or an NVIDIA GPU, its weights are converted to channels_last.
         files: Images in any format that Pillow reads.
         topk: Number of classes for each image, or all if there are fewer.
         batch_size: Number of images in a forward pass.
