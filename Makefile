@@ -44,6 +44,7 @@ oldest: .venv/installed-tests
 compat: dist
 	CHECKS=all tools/try_wheel.sh $(OLDEST)
 	CHECKS=all tools/try_wheel.sh python3.11 torch==2.8.* torchvision==0.23.* timm==1.0.26
+	CHECKS=all tools/try_wheel.sh python3.12 torch==2.11.* torchvision==0.26.* timm==1.0.31
 	CHECKS=all tools/try_wheel.sh python3.12 torch torchvision timm
 	CHECKS=all tools/try_wheel.sh python3.13 torch torchvision timm
 

@@ -6,6 +6,7 @@ python benchmarks/report.py benchmarks/results_gpu.json benchmarks/RESULTS_GPU.m
 
 import argparse
 import json
+import math
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -99,7 +100,7 @@ TITLES = {
     'parts train': 'Parts of an SK unit: training step',
     'memory': 'Memory of a training step',
     'scaling': 'Cost against image size, batch and number of branches',
-    'convolutions': 'The floor: convolutions by themselves',
+    'convolutions': 'Convolutions by themselves',
 }
 COMMANDS = {
     'parts eval': 'parts.py --case eval',
@@ -115,6 +116,13 @@ TABLES = {
     'scaling': scaling.table,
     'convolutions': convolutions.table,
 }
+
+
+GPU_NOTES = (
+    'The networks run under bfloat16 autocast, and the convolutions of the last table in float32 (TF32). The benchmark '
+    'mode of cuDNN is on, except for memory. In the tables of parts, the minimum time is in parentheses: the size of '
+    'the maps that the part must read and write, over the bandwidth of a large copy ({:.2f} TB/s).'
+)
 
 
 def groups(rows: List[Row]) -> List[List[Row]]:
@@ -275,6 +283,7 @@ def draw_scaling(rows: List[Row], file: Path) -> None:
 def report(rows: List[Row], name: str) -> str:
     machines = Counter(json.dumps(row['machine'], sort_keys=True) for row in rows)
     gpu = on_gpu(rows)
+    copies = next((row['bandwidth'] for row in rows if 'bandwidth' in row), math.nan)
     source, program = ('results_gpu.json', 'gpu.sh measure OUT') if gpu else ('results.json', 'run.sh')
     found = [
         '# Results on a GPU' if gpu else '# Results',
@@ -282,15 +291,14 @@ def report(rows: List[Row], name: str) -> str:
         f'`benchmarks/{program}`. In each round, every network runs once in the same process. Times are medians over '
         'the rounds. Ratios are computed within a round, and their median is shown: a ratio of 1.10 over another '
         'network means 1.10 times its speed.',
-        '- The networks run under bfloat16 autocast; the convolutions of the last table in float32 (TF32).\n'
-        * gpu
-        + '- NCHW is the contiguous layout.\n'
+        '- NCHW is the contiguous layout.\n'
         '- timm_sknet, timm SK and pytorchcv are implementations of the same network. They have the same weights, and '
         'their outputs are compared before they are timed.\n'
         '- "memory-efficient" is timm_sknet with `memory_efficient=True`.\n'
         '- "attention-free" is the same network with V = U_1 + U_2 instead of attention. It is the upper limit for the '
         'speed of an SK network with these branches.\n'
         '- holocron (pylocron) is a different network: 35M parameters, sigmoid before the softmax, 10 classes.',
+        *([GPU_NOTES.format(copies / 1e12)] if gpu else []),
         *(f'Machine: {", ".join(f"{k} {v}" for k, v in json.loads(m).items() if v)}.' for m in machines),
         f'## In short\n\n{summary(rows)}',
         f'## Targets\n\n{targets(rows)}',

@@ -103,6 +103,7 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
     x = images(args.batch, args.size, args.layout)
     if args.case in EXPORTED:
         x = x.cpu()
+    torch.backends.cudnn.benchmark = True  # as timm's scripts do
     runs: Dict[str, Run] = {}
     for name, make in contenders(args.model).items():
         if (args.only and name not in args.only) or (name == MEMORY_EFFICIENT and args.case != 'train'):

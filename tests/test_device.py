@@ -29,7 +29,7 @@ NETWORKS = {
     'sk_shufflenetv2_x0_5': dict(depths=[1, 1, 1]),
 }
 # Largest error of the logits and of the gradients, relative to their norm. A rounding error can switch a ReLU.
-TOLERANCES = {torch.float32: (1e-5, 1e-2), torch.float16: (5e-3, 0.15), torch.bfloat16: (2e-2, 0.4)}
+TOLERANCES = {torch.float32: (1e-5, 3e-2), torch.float16: (5e-3, 0.15), torch.bfloat16: (2e-2, 0.4)}
 
 
 @pytest.fixture
@@ -38,11 +38,10 @@ def device(request):
 
 
 @pytest.fixture(autouse=True)
-def exact_float32():
-    """By default, cuDNN computes float32 convolutions with 10 bits of precision (TF32)."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+def cudnn():
+    """The switch for kernels that compute a whole folded layer, and full precision in float32 (instead of TF32)."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+        yield
 
 
 def pair(name, device, layout=torch.channels_last, **kwargs):

@@ -8,6 +8,7 @@ import timm
 import torch
 from models import MODELS
 from safetensors.torch import save_file
+from timm.layers import DropPath
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -16,6 +17,7 @@ from timm_sknet import SelectiveKernelConv
 from timm_sknet.cli import main
 from timm_sknet.folding import Folded
 from timm_sknet.layers import ConvNormAct, SelectiveKernelAttn
+from timm_sknet.network import BasicBlock
 
 VARIANTS = {
     **{name: (name, {}) for name in MODELS if '101' not in name},  # the same units as in the smaller ones
@@ -153,7 +155,7 @@ def cudnn(monkeypatch):
 @torch.no_grad()
 def test_a_folded_model_gives_the_same_logits_in_cudnn(variant, cudnn):
     test_a_folded_model_gives_the_same_logits(variant)
-    assert bool(cudnn) == ('activation' not in variant)
+    assert bool(cudnn) == ('activation' not in variant and variant != 'float64')
 
 
 def test_folded_layers_with_a_relu_are_one_kernel_each(cudnn):
@@ -173,6 +175,11 @@ def test_a_changed_layer_gives_the_same_values_after_folding_in_cudnn(change, cu
     test_a_changed_layer_gives_the_same_values_after_folding(change)
 
 
+class Halved(BasicBlock):
+    def tail(self, y):
+        return super().tail(y) / 2
+
+
 UNIT_CHANGES = {
     'hook on the last layer': lambda unit: unit.conv2.register_forward_hook(lambda module, args, out: 2 * out),
     'hook on its convolution': lambda unit: unit.conv2.conv.register_forward_hook(lambda module, args, out: 2 * out),
@@ -180,6 +187,12 @@ UNIT_CHANGES = {
     'hook on drop path': lambda unit: unit.drop_path.register_forward_hook(lambda module, args, out: 2 * out),
     'another last layer': lambda unit: setattr(unit, 'conv2', nn.Conv2d(16, 16, 1)),
     'another activation': lambda unit: setattr(unit, 'act', nn.GELU()),
+    'activation of the last layer': lambda unit: setattr(unit.conv2.bn, 'act', nn.Tanh()),
+    'another drop path': lambda unit: setattr(unit, 'drop_path', nn.Tanh()),
+    'drop path in training': lambda unit: setattr(unit, 'drop_path', DropPath(1.0).train()),
+    'another shortcut': lambda unit: setattr(unit, 'shortcut', nn.AdaptiveAvgPool2d(1)),
+    'subclass': lambda unit: setattr(unit, '__class__', Halved),
+    'float64': lambda unit: unit.double(),
     'reflecting padding': lambda unit: setattr(unit.conv2.conv, 'padding_mode', 'reflect'),
     'padding by name': lambda unit: setattr(unit.conv2.conv, 'padding', 'same'),
 }
@@ -189,12 +202,36 @@ UNIT_CHANGES = {
 @torch.no_grad()
 def test_a_unit_changed_after_folding_gives_the_same_values_in_cudnn(change, cudnn, monkeypatch):
     model = reparameterize_model(timm.create_model('sknet12').eval())
-    unit, x = model.stages[0][0], torch.randn(2, 16, 8, 8)
+    unit = model.stages[0][0]
     UNIT_CHANGES[change](unit)
+    x = torch.randn(2, 16, 8, 8, dtype=next(unit.parameters()).dtype)
     found = unit(x)
-    assert not cudnn['add_relu'] and cudnn['relu']
+    assert not cudnn['add_relu'] and bool(cudnn['relu']) == (change != 'float64')
     monkeypatch.setattr(timm_sknet.folding, 'runs_in_cudnn', lambda x: False)
     torch.testing.assert_close(found, unit(x))
+
+
+@pytest.mark.parametrize(
+    'x',
+    [
+        torch.zeros(2, 4, 8, 8),
+        torch.zeros(3, 8),
+        torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+        torch.zeros(2, 3, 8, 8).half(),
+    ],
+    ids=['channels', 'dimensions', 'integers', 'half'],
+)
+@torch.no_grad()
+def test_a_wrong_input_raises_the_error_of_torch_also_in_cudnn(x, cudnn):
+    model = reparameterize_model(timm.create_model('sknet12').eval())
+    with pytest.raises(RuntimeError):
+        model.stem(x)
+    assert not cudnn
+
+
+def test_anti_aliasing_is_kept():
+    layer = ConvNormAct(8, 8, 3, stride=2, aa_layer='blur')
+    assert layer(torch.randn(2, 8, 8, 8)).shape == (2, 8, 4, 4)
 
 
 def test_folding_keeps_mode_and_freezing():

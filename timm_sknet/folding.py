@@ -53,36 +53,59 @@ def fold(conv: nn.Module, norm: nn.Module) -> Tuple[nn.Module, nn.Module]:
 
 
 def is_one_kernel(x: Tensor, layer: nn.Module, act: Optional[nn.Module] = None) -> bool:
-    """Returns whether `conv_relu` can replace a folded layer and the activation after it.
+    """Returns whether `conv_relu` computes the same as a folded layer and its activation.
 
     Args:
         x: The input of the layer.
-        layer: The layer, with attributes `conv` and `bn`.
-        act: The activation; that of the layer if None.
+        layer: The layer, with the attributes `conv`, `bn` and `aa` of timm's ConvNormAct.
+        act: An activation after a layer that has none. By default, the activation of the layer.
     """
     conv, norm = layer.conv, layer.bn
-    if type(conv) is not nn.Conv2d or type(norm) is not Folded or norm.training:
+    if type(norm) is not Folded or not runs_in_cudnn(x):
         return False
-    act = norm.act if act is None else act
+    if type(conv) is not nn.Conv2d or norm.training or layer.aa is not None:
+        return False
+    if act is None:
+        act = norm.act
+    elif type(norm.act) is not nn.Identity or is_customized(norm.act):
+        return False
     if type(act) is not nn.ReLU or any(is_customized(m) for m in (conv, norm, act)):
         return False
-    if conv.padding_mode != 'zeros' or isinstance(conv.padding, str):
+    weight = conv.weight
+    if not {x.dtype, weight.dtype} <= {torch.float16, torch.bfloat16, torch.float32}:
         return False
-    depthwise = conv.groups == conv.in_channels > 1  # torch has its own kernels for them
-    return not depthwise and runs_in_cudnn(x)
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled('cuda'):
+        return False
+    # the kernels do not check the shape
+    if x.dim() != 4 or x.shape[1] != conv.in_channels or max(x.numel(), x[:, 0].numel() * conv.out_channels) >= 2**31:
+        return False
+    if conv.padding_mode != 'zeros' or isinstance(conv.padding, str) or type(weight) not in (Tensor, nn.Parameter):
+        return False
+    return conv.groups == 1 or conv.groups < conv.in_channels  # torch has its own kernels for depthwise convolutions
 
 
 def runs_in_cudnn(x: Tensor) -> bool:
-    """Returns whether convolutions of x run in cuDNN, without autograd and without a compiler."""
-    if type(x) is not Tensor or not x.is_cuda or not torch.version.cuda or not torch.backends.cudnn.enabled:
+    """Returns whether `conv_relu` supports x: on an NVIDIA GPU, without autograd, compilers, transforms and modes.
+
+    This needs `torch.backends.cudnn.benchmark`, because cuDNN's own choice of a kernel can be slow (pytorch issue
+    68506).
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
         return False
-    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if type(x) is not Tensor or not x.is_cuda or not torch.version.cuda:
         return False
-    return torch.cuda.get_device_capability(x.device) >= (8, 0)  # tested on an H100; older GPUs fuse less
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    cudnn = torch.backends.cudnn
+    if not cudnn.is_available() or not cudnn.enabled or not cudnn.benchmark:
+        return False
+    if cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)  # tested with 9.0
 
 
 def conv_relu(x: Tensor, conv: nn.Conv2d, shortcut: Optional[Tensor] = None) -> Tensor:
-    """Computes ReLU(conv(x) + shortcut) in one kernel of cuDNN, without maps in between."""
+    """Computes ReLU(conv(x) + shortcut) in one kernel of cuDNN."""
     dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else x.dtype
     bias = None if conv.bias is None else conv.bias.to(dtype)
     x, weight = x.to(dtype), conv.weight.to(dtype)

@@ -36,7 +36,7 @@ def _check_batch(s: Tensor) -> None:
 class ConvNormAct(timm.layers.ConvNormAct):
     """timm's ConvNormAct with the method that `timm.utils.reparameterize_model` calls to fold batch norms.
 
-    On CUDA, a folded convolution, its bias and a ReLU run as one kernel.
+    On NVIDIA GPUs, a folded layer with a ReLU runs as one kernel, see `timm_sknet.folding.is_one_kernel`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +46,8 @@ class ConvNormAct(timm.layers.ConvNormAct):
         if not torch.jit.is_scripting():
             if is_one_kernel(x, self):
                 return conv_relu(x, self.conv)
-        return self.bn(self.conv(x))
+        x = self.bn(self.conv(x))
+        return x if self.aa is None else self.aa(x)
 
     def reparameterize(self) -> None:
         if is_exactly(self, ConvNormAct):

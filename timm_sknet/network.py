@@ -190,9 +190,9 @@ class ShortcutPool(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """Base class of residual units: adds `residual(x)` to the shortcut, which is the identity or a projection."""
+    """Base class of residual units: tail(body(x)) plus the shortcut, which is the identity or a projection."""
 
-    last: str  # name of the last layer of `residual`
+    last: str  # name of the layer that `tail` calls
 
     def __init__(self, spec: UnitSpec):
         super().__init__()
@@ -205,24 +205,35 @@ class ResidualUnit(nn.Module):
         self.drop_path = DropPath(spec.drop_path) if spec.drop_path else nn.Identity()
         self.act = spec.act()
 
-    def before_last(self, x: Tensor) -> Tensor:
+    def body(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def residual(self, x: Tensor) -> Tensor:
+    def tail(self, y: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
         if not torch.jit.is_scripting():
             last = getattr(self, self.last)
-            unchanged = type(last) is ConvNormAct and not is_customized(last) and not is_customized(self.drop_path)
-            if unchanged and is_one_kernel(x, last, self.act):
-                return conv_relu(self.before_last(x), last.conv, self.shortcut(x))
-        y = self.drop_path(self.residual(x))
+            if self.is_unchanged(last) and is_one_kernel(y, last, self.act):
+                shortcut = self.shortcut(x)
+                if shortcut.shape == (y.shape[0], last.out_channels, *y.shape[2:]):
+                    return conv_relu(y, last.conv, shortcut)
+        y = self.drop_path(self.tail(y))
         if torch.is_grad_enabled() or torch.jit.is_tracing():  # a trace must be the same with and without gradients
             y = y + self.shortcut(x)  # with full backward hooks on its layers, y must not be changed in place
         else:
             y += self.shortcut(x)  # in place, which avoids a new map: the residual is not needed again
         return self.act(y)
+
+    def is_unchanged(self, last: nn.Module) -> bool:
+        """Returns whether nothing comes between the convolution of the last layer and the sum, in inference."""
+        drop_path = self.drop_path
+        if type(self) not in (Bottleneck, BasicBlock) or type(last) is not ConvNormAct:
+            return False
+        if type(drop_path) not in (nn.Identity, DropPath) or drop_path.training:
+            return False
+        return not is_customized(last) and not is_customized(drop_path)
 
     def zero_init_last(self) -> None:
         """Initialises the last norm with zeros, so that the unit starts as the identity."""
@@ -240,11 +251,11 @@ class Bottleneck(ResidualUnit):
         self.sk = spec.sk(spec.mid_chs, spec.mid_chs, stride=spec.stride)
         self.conv3 = spec.conv(spec.mid_chs, spec.out_chs, 1, apply_act=False)
 
-    def before_last(self, x: Tensor) -> Tensor:
+    def body(self, x: Tensor) -> Tensor:
         return self.sk(self.conv1(x))
 
-    def residual(self, x: Tensor) -> Tensor:
-        return self.conv3(self.before_last(x))
+    def tail(self, y: Tensor) -> Tensor:
+        return self.conv3(y)
 
     def zero_init_last(self) -> None:
         nn.init.zeros_(self.conv3.bn.weight)
@@ -260,11 +271,11 @@ class BasicBlock(ResidualUnit):
         self.sk = spec.sk(spec.in_chs, spec.mid_chs, stride=spec.stride)
         self.conv2 = spec.conv(spec.mid_chs, spec.out_chs, 3, dilation=spec.dilation, apply_act=False)
 
-    def before_last(self, x: Tensor) -> Tensor:
+    def body(self, x: Tensor) -> Tensor:
         return self.sk(x)
 
-    def residual(self, x: Tensor) -> Tensor:
-        return self.conv2(self.before_last(x))
+    def tail(self, y: Tensor) -> Tensor:
+        return self.conv2(y)
 
     def zero_init_last(self) -> None:
         nn.init.zeros_(self.conv2.bn.weight)

@@ -42,8 +42,8 @@ def fuse(U: List[Tensor]) -> Tensor:
 def _mean(u: Tensor) -> Tensor:
     """Computes the mean over space, (B, C, 1, 1), in float32 or wider.
 
-    Eager code divides a sum, because the backward of `mean` allocates a whole map, and so does that of a sum with a
-    wider dtype. Exported graphs use `mean`, which is one operator.
+    Eager code divides a sum, because the backward of `mean` allocates a whole map. So does the backward of a sum with a
+    wider dtype, which `_WiderMean` replaces. Exported graphs use `mean`, which is one operator.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
     if not torch.jit.is_scripting():
