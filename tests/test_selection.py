@@ -33,6 +33,12 @@ def test_table_compares_the_means(tmp_path):
     ]
 
 
+def test_table_in_the_docs_is_that_of_the_runs():
+    text = (BENCHMARKS.parent / 'docs' / 'training.md').read_text()
+    for row in table(BENCHMARKS / 'selection.jsonl')[2:]:
+        assert f'| {" | ".join(row)} |' in text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason="set TIMM_SCRIPTS to a folder with timm's scripts")
 def test_a_run_gives_one_line_and_is_not_repeated(cifar, tmp_path):
