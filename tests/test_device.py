@@ -85,6 +85,16 @@ def test_inference(name, dtype, layout, device):
     assert logits.dtype == dtype
 
 
+def test_folded_layers_run_in_cudnn(device, monkeypatch):
+    """Needs an NVIDIA GPU with compute capability 8.0 or higher, or a CPU."""
+    calls, kernel = [], torch.cudnn_convolution_relu
+    monkeypatch.setattr(torch, 'cudnn_convolution_relu', lambda *args: calls.append(args) or kernel(*args))
+    model, x, *_ = pair('sknet12', device)
+    with torch.inference_mode():
+        reparameterize_model(model)(x)
+    assert bool(calls) == (device.type == 'cuda')
+
+
 @pytest.mark.parametrize('kwargs', [{}, dict(memory_efficient=True)], ids=str)
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
 @pytest.mark.parametrize('name', NETWORKS)
