@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Usage: benchmarks/gpu.sh [--rehearse] check|measure|train OUT
-# Tests, measurements and a training on a GPU. timm_sknet, pytest, pytest-timeout and pytest-xdist must be installed. The
-# results are written to the folder OUT. report.py makes RESULTS_GPU.md from its results.json; two tables of this page are
-# not measured here, see their commands. Each command has a time limit; a command that fails does not stop the others.
+# Tests, measurements and a training on a GPU. timm_sknet, pytest, pytest-timeout, pytest-xdist and tqdm must be
+# installed. The results are written to the folder OUT. report.py makes RESULTS_GPU.md from its results.json. Two tables
+# of this page are not measured here: the page shows their commands. Each command has a time limit. A command that fails
+# does not stop the others.
 #   check    compares the networks on the GPU with float64 on the CPU. Took 1 minute on an H100 with 16 CPU cores.
 #   measure  speed, memory and the parts of an SK unit, in bfloat16, with batches of 256. At most 10 minutes.
 #   train    trains sknet29_16x32d with the recipe cifar_modern, for SECONDS_LEFT, and continues after the last complete

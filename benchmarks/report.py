@@ -116,8 +116,6 @@ TABLES = {
     'scaling': scaling.table,
     'convolutions': convolutions.table,
 }
-
-
 GPU_NOTES = (
     'The networks run under bfloat16 autocast, and the convolutions of the last table in float32 (TF32). The benchmark '
     'mode of cuDNN is on, except for memory. In the tables of parts, the minimum time is in parentheses: the size of '

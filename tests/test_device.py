@@ -39,7 +39,7 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def cudnn():
-    """The switch for kernels that compute a whole folded layer, and full precision in float32 (instead of TF32)."""
+    """Enables the kernels that compute a whole folded layer, and computes float32 in full precision, not in TF32."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         yield
 

@@ -237,7 +237,7 @@ class ResidualUnit(nn.Module):
 
     def zero_init_last(self) -> None:
         """Initialises the last norm with zeros, so that the unit starts as the identity."""
-        raise NotImplementedError
+        nn.init.zeros_(getattr(self, self.last).bn.weight)
 
 
 class Bottleneck(ResidualUnit):
@@ -257,9 +257,6 @@ class Bottleneck(ResidualUnit):
     def tail(self, y: Tensor) -> Tensor:
         return self.conv3(y)
 
-    def zero_init_last(self) -> None:
-        nn.init.zeros_(self.conv3.bn.weight)
-
 
 class BasicBlock(ResidualUnit):
     """SK convolution -> 3x3, plus the shortcut: the basic block of ResNets with an SK convolution as first layer."""
@@ -276,9 +273,6 @@ class BasicBlock(ResidualUnit):
 
     def tail(self, y: Tensor) -> Tensor:
         return self.conv2(y)
-
-    def zero_init_last(self) -> None:
-        nn.init.zeros_(self.conv2.bn.weight)
 
 
 class ShuffleUnit(nn.Module):
