@@ -20,6 +20,7 @@ NETWORKS = {
     'one': 'one branch, 3x3',
     'wide': 'one branch, 3x3, wider SK convolutions',
     'same': '3x3 and 3x3, with attention',
+    'same_sum': '3x3 and 3x3, their sum',
 }
 HEADER = 'network', 'parameters', 'MMACs', 'runs', 'top-1', 'standard deviation', 'difference', 'standard error'
 

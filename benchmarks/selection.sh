@@ -45,4 +45,5 @@ for seed in ${SEEDS:-42 43 44}; do
     echo "one $seed branches=[[3,1,1]]"
     echo "wide $seed branches=[[3,1,1]] mid_widths=[22,44,140]"
     echo "same $seed branches=[[3,1,1],[3,1,1]]"
+    echo "same_sum $seed branches=[[3,1,1],[3,1,1]] attention=False"
 done | grep -E "^(${NETWORKS:-.*}) " | xargs -P "${JOBS:-2}" -I LINE bash -feuc 'run LINE'
