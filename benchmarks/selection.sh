@@ -4,7 +4,7 @@
 # adds a line for each run to RESULTS.jsonl. CIFAR10 is a folder as the recipe describes it. selection.py prints the
 # table.
 #
-# JOBS (default: 2) runs at a time, with one thread each, on DEVICE (default: cpu), take 60 to 80 minutes on two cores.
+# JOBS (default: 2) runs at a time, with one thread each, on DEVICE (default: cpu), take 60 to 90 minutes on two cores.
 # If you interrupt the script and start it again, it skips the finished runs and continues the others after their last
 # complete epoch.
 set -euo pipefail
