@@ -16,20 +16,24 @@ from measure import inference, macs, markdown
 
 NETWORKS = {
     'selection': '`sknet12`: 3x3 and dilated 3x3, with attention',
-    'sum': 'the same branches, their sum',
+    'sum': 'the same branches, added without attention',
     'one': 'one branch, 3x3',
-    'wide': 'one branch, 3x3, wider SK convolutions',
+    'wide': 'one branch, 3x3, with more channels',
     'same': '3x3 and 3x3, with attention',
-    'same_sum': '3x3 and 3x3, their sum',
+    'same_sum': '3x3 and 3x3, added without attention',
 }
-HEADER = 'network', 'parameters', 'MMACs', 'runs', 'top-1', 'standard deviation', 'difference', 'standard error'
+HEADER = (
+    *('network', 'parameters', 'MMACs', 'runs', 'training loss', 'test loss'),
+    *('top-1', 'standard deviation', 'difference', 'standard error'),
+)
 
 
 def table(runs: List[Dict[str, Any]]) -> str:
     """Returns a row for each network.
 
-    The top-1 accuracy is the mean over the runs in %. The difference is that to `sknet12`, and its standard error is
-    sqrt(s^2 / n + s_0^2 / n_0), with the standard deviations s and numbers n of the runs of both networks.
+    Losses and the top-1 accuracy, in %, are means over the runs, after the last epoch. The difference is the top-1
+    accuracy minus that of `sknet12`, in points, and its standard error is sqrt(s^2 / n + s_0^2 / n_0), with the
+    standard deviations s and numbers n of the runs of both networks.
     """
     lines = [HEADER]
     first = [run['top1'] for run in runs if run['network'] == 'selection']
@@ -50,7 +54,8 @@ def table(runs: List[Dict[str, Any]]) -> str:
             if min(len(top1), len(first)) > 1:
                 error = f'{(stdev(top1) ** 2 / len(top1) + stdev(first) ** 2 / len(first)) ** 0.5:.2f}'
         size = f'{parameters:,}', f'{millions:.1f}'
-        lines.append([title, *size, f'{len(top1)}', f'{mean(top1):.2f}', deviation, difference, error])
+        losses = [f'{mean(run[loss] for run in found):.3f}' for loss in ('train_loss', 'eval_loss')]
+        lines.append([title, *size, f'{len(top1)}', *losses, f'{mean(top1):.2f}', deviation, difference, error])
     return markdown(lines)
 
 

@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
 # Usage: TIMM_SCRIPTS=FOLDER [SEEDS='42 43 44'] [NETWORKS='sum|one'] benchmarks/selection.sh CIFAR10 RESULTS.jsonl
 # Trains sknet12 and the networks below with timm's train.py and the recipe sknet12_cifar10, with several seeds, and
-# adds a line for each run to RESULTS.jsonl. CIFAR10 is a folder as the recipe describes it. selection.py prints the
-# table.
+# adds a line for each run to RESULTS.jsonl. CIFAR10 is a folder as the recipe describes it. Checkpoints and logs are
+# written to RESULTS.jsonl.runs. selection.py prints the table.
 #
-# JOBS (default: 2) runs at a time, with one thread each, on DEVICE (default: cpu), take 60 to 90 minutes on two cores.
-# If you interrupt the script and start it again, it skips the finished runs and continues the others after their last
-# complete epoch.
+# The script trains JOBS networks at a time (default: 2), with one thread each, on DEVICE (default: cpu). Two take 60 to
+# 90 minutes on two cores, all 18 take 9 to 14 hours. If you interrupt the script and start it again, it skips the
+# finished runs and continues the others after their last complete epoch.
 set -euo pipefail
-cifar10=$(realpath "$1")
+if [ $# != 2 ] || [ -z "${TIMM_SCRIPTS:-}" ]; then
+    sed -n '2s/^# //p' "$0" >&2
+    exit 2
+fi
+cifar10=$(realpath -e "$1")
 results=$(realpath "$2")
 export cifar10 results OMP_NUM_THREADS=1
 
 # NETWORK SEED [MODEL_KWARG...]
 run() {
-    local network=$1 seed=$2 folder=${results%.jsonl}/$1-$2
+    local network=$1 seed=$2 folder=$results.runs/$1-$2
     shift 2
     grep -qs "\"network\": \"$network\", \"seed\": $seed," "$results" && return
     mkdir -p "$folder"
@@ -24,20 +28,28 @@ run() {
         python "$TIMM_SCRIPTS/train.py" -c "$(timm-sknet recipe sknet12_cifar10)" --data-dir "$cifar10" \
             --device "${DEVICE:-cpu}" --seed "$seed" --model-kwargs "$@" --output "${folder%/*}" \
             --experiment "${folder##*/}" --recovery-interval 390 \
-            ${recovery:+--resume "$recovery"} &>>"$folder/train.log"
+            ${recovery:+--resume "$recovery"} &>>"$folder/train.log" || fail "$folder/train.log"
     fi
     python "$TIMM_SCRIPTS/validate.py" --model sknet12 --num-classes 10 --model-kwargs "$@" --data-dir "$cifar10" \
         --split val --device "${DEVICE:-cpu}" --checkpoint "$folder/last.pth.tar" --results-file "$folder/result.json" \
-        --results-format json &>"$folder/validate.log"
-    python - "$network" "$seed" "$folder/result.json" "$@" >>"$results" <<'END'
-import json, sys, timm, torch
-network, seed, result, *kwargs = sys.argv[1:]
-top1 = json.load(open(result))['top1']
+        --results-format json &>"$folder/validate.log" || fail "$folder/validate.log"
+    python - "$network" "$seed" "$folder" "$@" >>"$results" <<'END'
+import csv, json, sys, timm, torch
+network, seed, folder, *kwargs = sys.argv[1:]
+top1 = json.load(open(f'{folder}/result.json'))['top1']
+last = list(csv.DictReader(open(f'{folder}/summary.csv')))[-1]
+losses = {name: round(float(last[name]), 4) for name in ('train_loss', 'eval_loss')}
 versions = {'torch': torch.__version__, 'timm': timm.__version__}
-print(json.dumps({'network': network, 'seed': int(seed), 'kwargs': kwargs, 'top1': top1, **versions}))
+print(json.dumps({'network': network, 'seed': int(seed), 'kwargs': kwargs, 'top1': top1, **losses, **versions}))
 END
 }
-export -f run
+# LOG
+fail() {
+    tail -n 1 "$1" >&2
+    echo "See $1" >&2
+    return 1
+}
+export -f run fail
 
 for seed in ${SEEDS:-42 43 44}; do
     echo "selection $seed"

@@ -22,14 +22,16 @@ def test_table_compares_the_means(tmp_path):
     wide = ['branches=[[3,1,1]]', 'mid_widths=[22,44,140]']
     runs = [('selection', [], 91.0), ('selection', [], 92.0), ('sum', ['attention=False'], 91.25)]
     runs += [('wide', wide, 90.1), ('wide', wide, 91.3)]
-    lines = [json.dumps({'network': name, 'kwargs': kwargs, 'top1': top1}) for name, kwargs, top1 in runs]
+    losses = {'train_loss': 0.25, 'eval_loss': 0.5}
+    lines = [json.dumps({'network': name, 'kwargs': kwargs, 'top1': top1, **losses}) for name, kwargs, top1 in runs]
     (tmp_path / 'runs.jsonl').write_text('\n'.join(lines))
     header, _, *rows = table(tmp_path / 'runs.jsonl')
-    assert header[1:] == ['parameters', 'MMACs', 'runs', 'top-1', 'standard deviation', 'difference', 'standard error']
+    assert header[1:6] == ['parameters', 'MMACs', 'runs', 'training loss', 'test loss']
+    assert header[6:] == ['top-1', 'standard deviation', 'difference', 'standard error']
     assert [row[1:] for row in rows] == [
-        ['460,186', '44.4', '2', '91.50', '0.71', '', ''],
-        ['446,970', '44.4', '1', '91.25', '', '-0.25', ''],
-        ['460,486', '44.4', '2', '90.70', '0.85', '-0.80', '0.78'],  # sqrt(.72 / 2 + .5 / 2)
+        ['460,186', '44.4', '2', '0.250', '0.500', '91.50', '0.71', '', ''],
+        ['446,970', '44.4', '1', '0.250', '0.500', '91.25', '', '-0.25', ''],
+        ['460,486', '44.4', '2', '0.250', '0.500', '90.70', '0.85', '-0.80', '0.78'],  # sqrt(.72 / 2 + .5 / 2)
     ]
 
 
@@ -53,4 +55,24 @@ def test_a_run_gives_one_line_and_is_not_repeated(cifar, tmp_path):
     run = json.loads(results.read_text())
     assert (run['network'], run['seed'], run['kwargs'][0]) == ('wide', 5, 'branches=[[3,1,1]]')
     assert run['top1'] in range(0, 101, 5)  # of 20 images
+    assert run['train_loss'] > 0 and run['eval_loss'] > 0
     assert table(results)[2][2:4] == ['44.4', '1']
+
+
+def test_a_failed_run_names_its_log(tmp_path):
+    (tmp_path / 'train.py').write_text('raise SystemExit("no such data")')
+    done = subprocess.run(
+        [BENCHMARKS / 'selection.sh', tmp_path, tmp_path / 'runs.jsonl'],
+        env={**os.environ, 'TIMM_SCRIPTS': str(tmp_path), 'SEEDS': '5', 'NETWORKS': 'wide'},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode
+    assert 'no such data' in done.stderr and f'{tmp_path}/runs.jsonl.runs/wide-5/train.log' in done.stderr
+    assert not (tmp_path / 'runs.jsonl').exists()
+
+
+def test_missing_arguments_print_the_usage():
+    done = subprocess.run([BENCHMARKS / 'selection.sh'], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith('Usage: TIMM_SCRIPTS=FOLDER') and done.stderr.count('\n') == 1

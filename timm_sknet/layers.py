@@ -148,7 +148,7 @@ class SelectiveKernelConv(nn.Module):
             other one; see `timm_sknet.ops.recompute_in_backward`.
 
     Raises:
-        ValueError: If branches, stride, dilation or attention width are not valid.
+        ValueError: If branches, stride, dilation, attention width or a Boolean argument are not valid.
     """
 
     def __init__(
@@ -170,6 +170,7 @@ class SelectiveKernelConv(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_flags(attention=attention, split_input=split_input, memory_efficient=memory_efficient)
         dd = {'device': device, 'dtype': dtype}
         self.split_input = split_input
         self.memory_efficient = memory_efficient
@@ -241,6 +242,13 @@ class SelectiveKernelConv(nn.Module):
             if self.memory_efficient:
                 return recompute_in_backward(U, V)
         return V
+
+
+def check_flags(**flags: bool) -> None:
+    """Raises a ValueError if an argument is not a bool, such as the text 'false' from timm's `--model-kwargs`."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f'{name} must be True or False, got {value!r}.')
 
 
 def check_branches(branches: Sequence[Branch]) -> List[Branch]:

@@ -38,6 +38,7 @@ from timm_sknet.layers import (
     ConvNormAct,
     SelectiveKernelAttn,
     SelectiveKernelConv,
+    check_flags,
 )
 
 
@@ -372,6 +373,7 @@ class SKNet(nn.Module):
     ):
         super().__init__()
         cfg = cfg.override(**overrides)
+        check_flags(shortcut_pool=cfg.shortcut_pool, zero_init_last=zero_init_last)
         if cfg.unit == 'shuffle' and (drop_path_rate or zero_init_last):
             raise ValueError(
                 f'Shuffle units have no residual, got drop_path_rate={drop_path_rate}, '
