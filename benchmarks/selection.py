@@ -43,7 +43,7 @@ def table(runs: List[Dict[str, Any]]) -> str:
             continue
         top1 = [run['top1'] for run in found]
         kwargs = {key: ast.literal_eval(value) for key, value in (arg.split('=') for arg in found[0]['kwargs'])}
-        model = timm.create_model('sknet12', num_classes=10, **kwargs).eval()
+        model = timm.create_model('sknet12', num_classes=found[0]['classes'], **kwargs).eval()
         parameters = sum(p.numel() for p in model.parameters())
         millions = macs(inference(model, torch.zeros(1, 3, 32, 32))) / 1e6
         deviation = difference = error = ''

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Usage: TIMM_SCRIPTS=FOLDER [SEEDS='42 43 44'] [NETWORKS='sum|one'] benchmarks/selection.sh CIFAR10 RESULTS.jsonl
+# Usage: TIMM_SCRIPTS=FOLDER [SEEDS='42 43 44'] [NETWORKS='sum|one'] benchmarks/selection.sh DATA RESULTS.jsonl
 # Trains sknet12 and the networks below with timm's train.py and the recipe sknet12_cifar10, with several seeds, and
-# adds a line for each run to RESULTS.jsonl. CIFAR10 is a folder as the recipe describes it. Checkpoints and logs are
-# written to RESULTS.jsonl.runs. selection.py prints the table.
+# adds a line for each run to RESULTS.jsonl. DATA contains CIFAR-10 or CIFAR-100, stored as the recipe describes.
+# Checkpoints and logs are written to RESULTS.jsonl.runs. selection.py prints the table.
 #
 # The script trains JOBS networks at a time (default: 2), with one thread each, on DEVICE (default: cpu). Two take 60 to
 # 90 minutes on two cores, all 18 take 9 to 14 hours. If you interrupt the script and start it again, it skips the
@@ -12,9 +12,10 @@ if [ $# != 2 ] || [ -z "${TIMM_SCRIPTS:-}" ]; then
     sed -n '2s/^# //p' "$0" >&2
     exit 2
 fi
-cifar10=$(realpath -e "$1")
+data=$(realpath -e "$1")
 results=$(realpath "$2")
-export cifar10 results OMP_NUM_THREADS=1
+classes=$(ls "$data/val" | wc -l)
+export data results classes OMP_NUM_THREADS=1
 
 # NETWORK SEED [MODEL_KWARG...]
 run() {
@@ -25,22 +26,23 @@ run() {
     if [ ! -e "$folder/last.pth.tar" ]; then
         local recovery # the latest checkpoint; timm writes one after each epoch, which has 390 batches of 128
         recovery=$(find "$folder" -name 'recovery-*.pth.tar' | sort -V | tail -n 1)
-        python "$TIMM_SCRIPTS/train.py" -c "$(timm-sknet recipe sknet12_cifar10)" --data-dir "$cifar10" \
-            --device "${DEVICE:-cpu}" --seed "$seed" --model-kwargs "$@" --output "${folder%/*}" \
-            --experiment "${folder##*/}" --recovery-interval 390 \
+        python "$TIMM_SCRIPTS/train.py" -c "$(timm-sknet recipe sknet12_cifar10)" --data-dir "$data" \
+            --num-classes "$classes" --device "${DEVICE:-cpu}" --seed "$seed" --model-kwargs "$@" \
+            --output "${folder%/*}" --experiment "${folder##*/}" --recovery-interval 390 \
             ${recovery:+--resume "$recovery"} &>>"$folder/train.log" || fail "$folder/train.log"
     fi
-    python "$TIMM_SCRIPTS/validate.py" --model sknet12 --num-classes 10 --model-kwargs "$@" --data-dir "$cifar10" \
+    python "$TIMM_SCRIPTS/validate.py" --model sknet12 --num-classes "$classes" --model-kwargs "$@" --data-dir "$data" \
         --split val --device "${DEVICE:-cpu}" --checkpoint "$folder/last.pth.tar" --results-file "$folder/result.json" \
         --results-format json &>"$folder/validate.log" || fail "$folder/validate.log"
-    python - "$network" "$seed" "$folder" "$@" >>"$results" <<'END'
+    python - "$network" "$seed" "$classes" "$folder" "$@" >>"$results" <<'END'
 import csv, json, sys, timm, torch
-network, seed, folder, *kwargs = sys.argv[1:]
+network, seed, classes, folder, *kwargs = sys.argv[1:]
 top1 = json.load(open(f'{folder}/result.json'))['top1']
 last = list(csv.DictReader(open(f'{folder}/summary.csv')))[-1]
 losses = {name: round(float(last[name]), 4) for name in ('train_loss', 'eval_loss')}
 versions = {'torch': torch.__version__, 'timm': timm.__version__}
-print(json.dumps({'network': network, 'seed': int(seed), 'kwargs': kwargs, 'top1': top1, **losses, **versions}))
+run = {'network': network, 'seed': int(seed), 'classes': int(classes), 'kwargs': kwargs, 'top1': top1}
+print(json.dumps({**run, **losses, **versions}))
 END
 }
 # LOG

@@ -22,8 +22,8 @@ def test_table_compares_the_means(tmp_path):
     wide = ['branches=[[3,1,1]]', 'mid_widths=[22,44,140]']
     runs = [('selection', [], 91.0), ('selection', [], 92.0), ('sum', ['attention=False'], 91.25)]
     runs += [('wide', wide, 90.1), ('wide', wide, 91.3)]
-    losses = {'train_loss': 0.25, 'eval_loss': 0.5}
-    lines = [json.dumps({'network': name, 'kwargs': kwargs, 'top1': top1, **losses}) for name, kwargs, top1 in runs]
+    rest = {'classes': 10, 'train_loss': 0.25, 'eval_loss': 0.5}
+    lines = [json.dumps({'network': name, 'kwargs': kwargs, 'top1': top1, **rest}) for name, kwargs, top1 in runs]
     (tmp_path / 'runs.jsonl').write_text('\n'.join(lines))
     header, _, *rows = table(tmp_path / 'runs.jsonl')
     assert header[1:6] == ['parameters', 'MMACs', 'runs', 'training loss', 'test loss']
@@ -60,6 +60,7 @@ def test_a_run_gives_one_line_and_is_not_repeated(cifar, tmp_path):
 
 
 def test_a_failed_run_names_its_log(tmp_path):
+    (tmp_path / 'val').mkdir()
     (tmp_path / 'train.py').write_text('raise SystemExit("no such data")')
     done = subprocess.run(
         [BENCHMARKS / 'selection.sh', tmp_path, tmp_path / 'runs.jsonl'],
