@@ -23,8 +23,16 @@ NETWORKS = {
     'same_sum': '3x3 and 3x3, added without attention',
 }
 HEADER = (
-    *('network', 'parameters', 'MMACs', 'runs', 'training loss', 'test loss'),
-    *('top-1', 'standard deviation', 'difference', 'standard error'),
+    'network',
+    'parameters',
+    'MMACs',
+    'runs',
+    'training loss',
+    'test loss',
+    'top-1',
+    'standard deviation',
+    'difference',
+    'standard error',
 )
 
 

@@ -224,7 +224,7 @@ def test_unknown_arguments_are_refused(name, argument):
         ('sknet50', dict(depths=[1, 2]), r'mid_widths must have one value for each of the 2 stages'),
         ('sknet50', dict(attn_widths=[1, 2]), r'attn_widths must have one value for each of the 4 stages.*\[1, 2\]'),
         ('sknet50', dict(branches=[[3, 1, 7]]), 'must be divisible by its 7 groups, got 128 and 128'),
-        # timm's --model-kwargs gives any text but True and False as a string
+        # timm's --model-kwargs passes false as the string 'false'
         ('sknet50', dict(attention='false'), "attention must be True or False, got 'false'"),
         ('sknet50', dict(split_input='false'), "split_input must be True or False, got 'false'"),
         ('sknet50', dict(shortcut_pool='false'), "shortcut_pool must be True or False, got 'false'"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+PATH = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'  # of python and timm-sknet
 
 
 def table(results):
@@ -45,11 +46,10 @@ def test_table_in_the_docs_is_that_of_the_runs():
 @pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason="set TIMM_SCRIPTS to a folder with timm's scripts")
 def test_a_run_gives_one_line_and_is_not_repeated(cifar, tmp_path):
     results = tmp_path / 'runs.jsonl'
-    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
     for _ in range(2):
         subprocess.run(
             [BENCHMARKS / 'selection.sh', cifar, results],
-            env={**os.environ, 'PATH': path, 'SEEDS': '5', 'NETWORKS': 'wide'},
+            env={**os.environ, 'PATH': PATH, 'SEEDS': '5', 'NETWORKS': 'wide'},
             check=True,
         )
     run = json.loads(results.read_text())
@@ -64,7 +64,7 @@ def test_a_failed_run_names_its_log(tmp_path):
     (tmp_path / 'train.py').write_text('raise SystemExit("no such data")')
     done = subprocess.run(
         [BENCHMARKS / 'selection.sh', tmp_path, tmp_path / 'runs.jsonl'],
-        env={**os.environ, 'TIMM_SCRIPTS': str(tmp_path), 'SEEDS': '5', 'NETWORKS': 'wide'},
+        env={**os.environ, 'PATH': PATH, 'TIMM_SCRIPTS': str(tmp_path), 'SEEDS': '5', 'NETWORKS': 'wide'},
         capture_output=True,
         text=True,
     )
