@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Usage: TIMM_SCRIPTS=FOLDER [SEEDS='42 43 44'] [NETWORKS='sum|one'] benchmarks/selection.sh DATA RESULTS.jsonl
-# Trains sknet12 and the networks below with timm's train.py and the recipe sknet12_cifar10, with several seeds, and
-# adds a line for each run to RESULTS.jsonl. DATA contains CIFAR-10 or CIFAR-100, stored as the recipe describes.
-# Checkpoints and logs are written to RESULTS.jsonl.runs. selection.py prints the table.
+# Trains sknet12 and the networks below with timm's train.py and RECIPE (default: the recipe sknet12_cifar10), with
+# several seeds, and adds a line for each run to RESULTS.jsonl. DATA contains CIFAR-10 or CIFAR-100, stored as that
+# recipe describes. Checkpoints and logs are written to RESULTS.jsonl.runs. selection.py prints the table.
 #
-# The script trains JOBS networks at a time (default: 2), with one thread each, on DEVICE (default: cpu). Two take 60 to
-# 90 minutes on two cores, all 18 take 9 to 14 hours. If you interrupt the script and start it again, it skips the
-# finished runs and continues the others after their last complete epoch.
+# The script trains JOBS networks at a time (default: 2), with one thread each, on DEVICE (default: cpu). On two cores
+# with bfloat16 instructions, two take 60 to 90 minutes and all 18 take 9 to 14 hours. If you interrupt the script and
+# start it again, it skips the finished runs and continues the others after their last complete epoch.
 set -euo pipefail
 if [ $# != 2 ] || [ -z "${TIMM_SCRIPTS:-}" ]; then
     sed -n '2s/^# //p' "$0" >&2
@@ -14,8 +14,9 @@ if [ $# != 2 ] || [ -z "${TIMM_SCRIPTS:-}" ]; then
 fi
 data=$(realpath -e "$1")
 results=$(realpath "$2")
+recipe=$(realpath -e "${RECIPE:-$(timm-sknet recipe sknet12_cifar10)}")
 classes=$(ls "$data/val" | wc -l)
-export data results classes OMP_NUM_THREADS=1
+export recipe data results classes OMP_NUM_THREADS=1
 
 # NETWORK SEED [MODEL_KWARG...]
 run() {
@@ -26,7 +27,7 @@ run() {
     if [ ! -e "$folder/last.pth.tar" ]; then
         local recovery # the latest checkpoint; timm writes one after each epoch, which has 390 batches of 128
         recovery=$(find "$folder" -name 'recovery-*.pth.tar' | sort -V | tail -n 1)
-        python "$TIMM_SCRIPTS/train.py" -c "$(timm-sknet recipe sknet12_cifar10)" --data-dir "$data" \
+        python "$TIMM_SCRIPTS/train.py" -c "$recipe" --data-dir "$data" \
             --num-classes "$classes" --device "${DEVICE:-cpu}" --seed "$seed" --model-kwargs "$@" \
             --output "${folder%/*}" --experiment "${folder##*/}" --recovery-interval 390 \
             ${recovery:+--resume "$recovery"} &>>"$folder/train.log" || fail "$folder/train.log"

@@ -36,9 +36,10 @@ def test_table_compares_the_means(tmp_path):
     ]
 
 
-def test_table_in_the_docs_is_that_of_the_runs():
+@pytest.mark.parametrize('results', ['selection.jsonl', 'selection_cifar100.jsonl'])
+def test_table_in_the_docs_is_that_of_the_runs(results):
     text = (BENCHMARKS.parent / 'docs' / 'training.md').read_text()
-    for row in table(BENCHMARKS / 'selection.jsonl')[2:]:
+    for row in table(BENCHMARKS / results)[2:]:
         assert f'| {" | ".join(row)} |' in text
 
 
@@ -59,17 +60,26 @@ def test_a_run_gives_one_line_and_is_not_repeated(cifar, tmp_path):
     assert table(results)[2][2:4] == ['44.4', '1']
 
 
-def test_a_failed_run_names_its_log(tmp_path):
+def test_a_run_uses_the_recipe_and_names_its_log_if_it_fails(tmp_path):
     (tmp_path / 'val').mkdir()
-    (tmp_path / 'train.py').write_text('raise SystemExit("no such data")')
+    (tmp_path / 'own.yaml').touch()
+    (tmp_path / 'train.py').write_text('import sys\nraise SystemExit(f"no such data {sys.argv}")')
     done = subprocess.run(
         [BENCHMARKS / 'selection.sh', tmp_path, tmp_path / 'runs.jsonl'],
-        env={**os.environ, 'PATH': PATH, 'TIMM_SCRIPTS': str(tmp_path), 'SEEDS': '5', 'NETWORKS': 'wide'},
+        env={
+            **os.environ,
+            'PATH': PATH,
+            'TIMM_SCRIPTS': str(tmp_path),
+            'RECIPE': str(tmp_path / 'own.yaml'),
+            'SEEDS': '5',
+            'NETWORKS': 'wide',
+        },
         capture_output=True,
         text=True,
     )
     assert done.returncode
-    assert 'no such data' in done.stderr and f'{tmp_path}/runs.jsonl.runs/wide-5/train.log' in done.stderr
+    assert 'no such data' in done.stderr and f"'-c', '{tmp_path}/own.yaml'" in done.stderr
+    assert f'{tmp_path}/runs.jsonl.runs/wide-5/train.log' in done.stderr
     assert not (tmp_path / 'runs.jsonl').exists()
 
 
